@@ -1,0 +1,25 @@
+"""Data to learn on: real cells that need no network, public sets by download, simulators.
+
+.. list-table::
+   :header-rows: 1
+
+   * - function
+     - cells
+     - needs
+   * - :func:`pbmc68k_reduced`
+     - 700 real blood cells with integer counts
+     - nothing (shipped with scanpy)
+   * - :func:`simulate_nb`, :func:`simulate_latent`
+     - counts whose p(x | c) is known
+     - nothing
+
+Every function returns a new AnnData with integer counts in ``.X`` and in ``.layers["counts"]``
+(two equal CSR float32 matrices) and, where labels exist, ``.obs["cell_type"]``.
+"""
+
+from __future__ import annotations
+
+from exprgen.datasets._bundled import pbmc68k_reduced
+from exprgen.datasets._simulate import nb_log_likelihood, simulate_latent, simulate_nb
+
+__all__ = ["nb_log_likelihood", "pbmc68k_reduced", "simulate_latent", "simulate_nb"]
