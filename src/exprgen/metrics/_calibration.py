@@ -1,0 +1,35 @@
+"""Do intervals hold what they promise?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["coverage"]
+
+
+def coverage(lower: np.ndarray, upper: np.ndarray, x: np.ndarray) -> float:
+    """Share of values inside their closed intervals ``[lower, upper]``.
+
+    Parameters
+    ----------
+    lower, upper, x
+        Arrays that broadcast against each other, usually ``(n_obs, n_vars)``.
+
+    Returns
+    -------
+    float
+        In [0, 1]; best is the nominal level. Counts are discrete, so closed intervals between
+        exact quantiles cover *at least* the nominal level.
+
+    Raises
+    ------
+    ValueError
+        A lower end above its upper end.
+    """
+    lower, upper, x = np.broadcast_arrays(lower, upper, x)
+    n_crossed = int((lower > upper).sum())
+    if n_crossed:
+        raise ValueError(
+            f"{n_crossed} of {lower.size} intervals have lower > upper; swap or fix the bounds."
+        )
+    return float(((lower <= x) & (x <= upper)).mean())
