@@ -9,6 +9,9 @@
    * - :func:`pbmc68k_reduced`
      - 700 real blood cells with integer counts
      - nothing (shipped with scanpy)
+   * - :func:`pbmc3k`, :func:`kang2018`
+     - public sets with labels
+     - network once, then a local cache
    * - :func:`simulate_nb`, :func:`simulate_latent`
      - counts whose p(x | c) is known
      - nothing
@@ -20,6 +23,14 @@ Every function returns a new AnnData with integer counts in ``.X`` and in ``.lay
 from __future__ import annotations
 
 from exprgen.datasets._bundled import pbmc68k_reduced
+from exprgen.datasets._download import kang2018, pbmc3k
 from exprgen.datasets._simulate import nb_log_likelihood, simulate_latent, simulate_nb
 
-__all__ = ["nb_log_likelihood", "pbmc68k_reduced", "simulate_latent", "simulate_nb"]
+__all__ = [
+    "kang2018",
+    "nb_log_likelihood",
+    "pbmc3k",
+    "pbmc68k_reduced",
+    "simulate_latent",
+    "simulate_nb",
+]

@@ -25,7 +25,7 @@ _OBS = ("n_counts", "n_genes", "percent_mito", "phase", "louvain")
 
 
 def pbmc68k_reduced() -> AnnData:
-    """700 real blood cells and 765 genes with their integer UMI counts; no network needed.
+    """Return 700 real blood cells, 765 genes, with their integer UMI counts; no network needed.
 
     Returns
     -------

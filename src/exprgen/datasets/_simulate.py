@@ -252,7 +252,7 @@ def simulate_latent(
     return adata
 
 
-def _check_sizes(sizes: dict[str, int]) -> None:
+def _check_sizes(sizes: dict[str, object]) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
@@ -271,7 +271,7 @@ def _check_laws(
 
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float], size: int) -> np.ndarray:
-    return np.exp(rng.uniform(*np.log(bounds), size=size))
+    return np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]), size))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

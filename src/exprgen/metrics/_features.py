@@ -108,7 +108,7 @@ def quality_features(counts: Matrix) -> np.ndarray:
 
 def dense(values: Matrix) -> np.ndarray:
     """The values as an ordinary array."""
-    return values.toarray() if sparse.issparse(values) else np.asarray(values)
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
 
 
 def _row_totals(values: sparse.csr_matrix) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,24 +81,24 @@ def embedding(
     by_group = np.array([colors.get(label, "#BBBBBB") for label in groups], dtype=object)
     order = np.random.default_rng(seed).permutation(combined.n_obs)
     dot = size if size is not None else float(np.clip(24000 / combined.n_obs, 3, 16))
-    style = {"s": dot, "linewidths": 0, "rasterized": combined.n_obs > 5000}
+    style: dict[str, Any] = {"s": dot, "linewidths": 0, "rasterized": combined.n_obs > 5000}
 
     n_rows = -(-len(groups.cat.categories) // _LEGEND_COLUMNS)
-    figure, axes = make_axes(axes, 3, n_cols=3, size=(3.9, 4.15 + 0.21 * n_rows))
+    figure, panels = make_axes(axes, 3, n_cols=3, size=(3.9, 4.15 + 0.21 * n_rows))
     sides = (("Real", ~synthetic), ("Synthetic", synthetic))
-    for ax, (title, member) in zip(axes[:2], sides, strict=True):
+    for ax, (title, member) in zip(panels[:2], sides, strict=True):
         # The other side in pale grey: what is missing, or invented, shows at once.
         ax.scatter(*points[~member].T, color=_BACKGROUND, **style)
         shown = order[member[order]]
         ax.scatter(*points[shown].T, c=list(by_group[shown]), **style)
         ax.set_title(f"{title} ({member.sum():,} cells)", loc="left", fontsize=11)
     both = np.where(synthetic[order], SYNTHETIC, REAL)
-    axes[2].scatter(*points[order].T, c=list(both), alpha=0.6, **style)
-    axes[2].set_title("Both", loc="left", fontsize=11)
+    panels[2].scatter(*points[order].T, c=list(both), alpha=0.6, **style)
+    panels[2].set_title("Both", loc="left", fontsize=11)
 
     low, high = points.min(axis=0), points.max(axis=0)
     margin = 0.04 * (high - low)
-    for ax in axes:
+    for ax in panels:
         ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
         ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
         ax.set_xticks([])
@@ -107,21 +107,26 @@ def embedding(
         ax.set_xlabel(f"{basis.upper()} 1", fontsize=9)
         ax.set_ylabel(f"{basis.upper()} 2", fontsize=9)
 
-    text = {"frameon": False, "fontsize": 9, "handletextpad": 0.1, "columnspacing": 1.2}
+    text: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 9,
+        "handletextpad": 0.1,
+        "columnspacing": 1.2,
+    }
     figure.legend(
         handles=[_handle(colors[name], str(name)) for name in groups.cat.categories],
         loc="outside lower center",
         ncols=_LEGEND_COLUMNS,
         **text,
     )
-    axes[2].legend(
+    panels[2].legend(
         handles=[_handle(REAL, "real"), _handle(SYNTHETIC, "synthetic")],
         loc="lower right",
         bbox_to_anchor=(1.03, 0.985),
         ncols=2,
         **text,
     )
-    return finish(figure, axes, show=show, return_fig=return_fig)
+    return finish(figure, panels, show=show, return_fig=return_fig)
 
 
 def _handle(color: str, label: str) -> Line2D:

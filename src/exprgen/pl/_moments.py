@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,22 +70,22 @@ def moments(
     """
     from matplotlib.lines import Line2D
 
-    reference, baseline, drawn = _matched(real, synthetic, control, layer, groupby, seed)
+    reference, baseline, generated = _matched(real, synthetic, control, layer, groupby, seed)
     n_cells = reference.shape[0]
-    figure, axes = make_axes(axes, 3, n_cols=3, size=(3.6, 4.0))
-    panels = (
+    figure, panels = make_axes(axes, 3, n_cols=3, size=(3.6, 4.0))
+    statistics = (
         ("Mean", "counts per cell", _mean, True),
         ("Variance", "counts$^2$", _variance, True),
         ("Zeros", "share of cells", _zeros, False),
     )
-    for ax, (title, unit, statistic, is_log) in zip(axes, panels, strict=True):
-        x, grey, colour = (statistic(counts) for counts in (reference, baseline, drawn))
+    for ax, (title, unit, statistic, is_log) in zip(panels, statistics, strict=True):
+        x, grey, colour = (statistic(counts) for counts in (reference, baseline, generated))
         if is_log:
             # Genes without a count, lost on log axes, are put at half a count in all the cells.
             x, grey, colour = (np.maximum(v, 0.5 / n_cells) for v in (x, grey, colour))
             ax.set_xscale("log")
             ax.set_yscale("log")
-        style = {"linewidths": 0, "rasterized": x.size > 3000}
+        style: dict[str, Any] = {"linewidths": 0, "rasterized": x.size > 3000}
         # Larger grey dots: where sampling noise alone reaches stays visible under the colour.
         ax.scatter(x, grey, s=26, color=CONTROL, alpha=0.6, **style)
         ax.scatter(x, colour, s=7, color=SYNTHETIC, alpha=0.7, **style)
@@ -111,7 +111,7 @@ def moments(
         fontsize=9,
         handletextpad=0.1,
     )
-    return finish(figure, axes, show=show, return_fig=return_fig)
+    return finish(figure, panels, show=show, return_fig=return_fig)
 
 
 def _deviation(x: np.ndarray, grey: np.ndarray, colour: np.ndarray, *, is_log: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,8 +91,8 @@ def uncertainty(
 
     rng = np.random.default_rng(seed)
     height = 0.3 * len(names) + 1.0
-    figure, axes = make_axes(axes, len(genes), n_cols=n_cols, size=(2.9, height), share_y=True)
-    for j, (ax, gene) in enumerate(zip(axes, genes, strict=True)):
+    figure, panels = make_axes(axes, len(genes), n_cols=n_cols, size=(2.9, height), share_y=True)
+    for j, (ax, gene) in enumerate(zip(panels, genes, strict=True)):
         for position, name in enumerate(names):
             rows = np.flatnonzero((groups == name).to_numpy())
             _draw_cells(ax, position, observed[rows, j], rng, max_cells)
@@ -103,8 +103,8 @@ def uncertainty(
         _count_axis(ax, max(observed[:, j].max(), upper[:, j].max()))
         _group_axis(ax, names)
         clean(ax)
-    _legend(axes[0], interval)
-    return finish(figure, axes, show=show, return_fig=return_fig)
+    _legend(panels[0], interval)
+    return finish(figure, panels, show=show, return_fig=return_fig)
 
 
 def _check(adata: AnnData, genes: Sequence[str], groupby: str, needed: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ def _check(adata: AnnData, genes: Sequence[str], groupby: str, needed: Sequence[
         )
 
 
-def _columns(matrix: object, columns: np.ndarray) -> np.ndarray:
+def _columns(matrix: Any, columns: np.ndarray) -> np.ndarray:
     from scipy import sparse
 
     block = matrix[:, columns]

@@ -18,6 +18,7 @@ from exprgen.tl._counts import gene_positions, read_counts
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from scipy import sparse
 
 __all__ = ["concat"]
 
@@ -77,7 +78,7 @@ def concat(real: AnnData, synthetic: AnnData, *, layer: str = "counts") -> AnnDa
     )
 
 
-def _library(real: AnnData, synthetic: AnnData, counts: object) -> np.ndarray:
+def _library(real: AnnData, synthetic: AnnData, counts: sparse.csr_matrix) -> np.ndarray:
     """Depth on one scale for both, shape ``(n_real + n_synthetic,)``."""
     provenance = synthetic.uns.get("exprgen", {})
     key = str(provenance.get("size_factor_key") or "")
