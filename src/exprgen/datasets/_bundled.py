@@ -1,13 +1,13 @@
 r"""Real cells that everybody who has scanpy has: the 68k PBMC subset, with its counts recovered.
 
 scanpy ships 700 annotated cells of the 68k PBMC set of Zheng et al. :cite:p:`Zheng2017` as
-:math:`y = \log(1 + 10^4 x / n)` in float32, with the true depth :math:`n` of every cell (its total
-over all genes, not only the 765 that are kept). The counts are therefore
+:math:`y = \log(1 + 10^4 x / n)` to three decimals, with the true depth :math:`n` of every cell
+(its total over all genes, not only the 765 that are kept). The counts are therefore
 
 .. math:: x = \operatorname{round}\bigl(n \, (e^{y} - 1) / 10^4\bigr).
 
-The rounding is unambiguous: the values before it lie within 0.082 of an integer, inside the
-largest error (0.130) that storing :math:`y` in float32 can have caused.
+No other integer is possible: half a unit of the third decimal moves even the largest count by
+less than 0.130, and the values before rounding lie within 0.082 of an integer.
 """
 
 from __future__ import annotations
