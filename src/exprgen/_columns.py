@@ -20,6 +20,8 @@ __all__ = ["Column", "refuse_values"]
 class Column:
     """What setup learned of a column: plain scalars and tuples of them."""
 
+    key: str
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types that survive JSON, for files."""
         state = asdict(self)
@@ -28,7 +30,10 @@ class Column:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in state.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in state.items()
+        }
+        return cls(**fields)
 
 
 def refuse_values(index: pd.Index, bad: np.ndarray, where: str, what: str, remedy: str) -> None:

@@ -21,7 +21,7 @@ donor. :class:`ConditionLayout` says to the torch side how wide each part is.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ import numpy as np
 from exprgen._doubts import doubts
 from exprgen._errors import CovariateError, DataQualityWarning, ExtrapolationWarning, name_some
 from exprgen._labels import Labels
+from exprgen._layout import ConditionLayout
 from exprgen._quantities import Embedding, Quantity
 from exprgen._tables import check_roles, column, key_list, read_table
 
@@ -38,46 +39,12 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from exprgen._columns import Column
+
 __all__ = ["ConditionLayout", "ConditionSchema"]
 
 _MARGINALIZE = " To average over it, leave it out and give marginalize=[{!r}]."
 _NEW_BATCH = " To map a new batch, give unseen='null'."
-
-
-@dataclass(frozen=True)
-class ConditionLayout:
-    """How the columns of an encoded matrix are laid out.
-
-    Parameters
-    ----------
-    n_categories
-        Number of labels of each categorical condition.
-    n_continuous, n_embedding
-        Number of continuous conditions; dimensions of the embedding.
-    n_batch, n_donor
-        Number of labels; 0 if there is no such column.
-    """
-
-    n_categories: tuple[int, ...] = ()
-    n_continuous: int = 0
-    n_embedding: int = 0
-    n_batch: int = 0
-    n_donor: int = 0
-
-    @property
-    def width(self) -> int:
-        """Number of columns of the encoded matrix."""
-        n_codes = len(self.n_categories) + (self.n_batch > 0) + (self.n_donor > 0)
-        return n_codes + self.n_continuous + self.n_embedding
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for files."""
-        return asdict(self) | {"n_categories": list(self.n_categories)}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> ConditionLayout:
-        """Undo :meth:`to_dict`."""
-        return cls(**{**state, "n_categories": tuple(state["n_categories"])})
 
 
 @dataclass(frozen=True)
@@ -183,17 +150,17 @@ class ConditionSchema:
     @property
     def embedding_key(self) -> str | None:
         """Key of the embedding in ``obsm``."""
-        return self.embedding and self.embedding.key
+        return _key(self.embedding)
 
     @property
     def batch_key(self) -> str | None:
         """Column of the batch, a nuisance."""
-        return self.batch and self.batch.key
+        return _key(self.batch)
 
     @property
     def donor_key(self) -> str | None:
         """Column of the donor, a random effect."""
-        return self.donor and self.donor.key
+        return _key(self.donor)
 
     @property
     def condition_keys(self) -> list[str]:
@@ -214,6 +181,11 @@ class ConditionSchema:
     def label_columns(self) -> list[Labels]:
         """Every column of labels: conditions, batch, donor."""
         return [*self.labels, *_some(self.batch, self.donor)]
+
+    @property
+    def columns(self) -> list[Labels | Quantity]:
+        """Everything that is a column of ``obs``, as learned."""
+        return [*self.label_columns, *self.quantities]
 
     def missing(self, table: pd.DataFrame, embedding: np.ndarray | None = None) -> list[str]:
         """Conditions (not batch or donor) that a parsed table does not give."""
@@ -321,7 +293,7 @@ class ConditionSchema:
     def restore(self, table: pd.DataFrame) -> pd.DataFrame:
         """Cast columns back to the dtypes seen at setup, as a new table of the same order."""
         restored = table.copy(deep=False)
-        for part in (*self.label_columns, *self.quantities):
+        for part in self.columns:
             if part.key in table:
                 restored[part.key] = part.restore(table[part.key])
         return restored
@@ -373,6 +345,10 @@ class ConditionSchema:
                 ExtrapolationWarning,
                 stacklevel=3,
             )
+
+
+def _key(part: Column | None) -> str | None:
+    return None if part is None else part.key
 
 
 def _some(*keys: Any) -> list[Any]:

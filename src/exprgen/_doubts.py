@@ -30,8 +30,8 @@ FEW_DONORS = 10
 def doubts(schema: ConditionSchema, columns: Mapping[str, tuple[pd.Series, str]]) -> list[str]:
     """All doubts about the registered columns, each given with its name in messages."""
     found = []
-    for part in schema.quantities:
-        found += _of_quantity(part, *columns[part.key])
+    for quantity in schema.quantities:
+        found += _of_quantity(quantity, *columns[quantity.key])
     for part in schema.label_columns:
         found += _of_labels(part, *columns[part.key], part.key in schema.condition_keys)
     if schema.donor:

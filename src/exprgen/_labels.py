@@ -45,7 +45,6 @@ class Labels(Column):
         Whether the column was a categorical, and an ordered one.
     """
 
-    key: str
     labels: tuple[Label, ...]
     dtype: str
     categorical: bool

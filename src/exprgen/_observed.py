@@ -254,8 +254,7 @@ class ObservedConditions:
 
     @cached_property
     def _parts(self) -> dict[str, Labels | Quantity]:
-        schema = self.schema
-        return {part.key: part for part in (*schema.label_columns, *schema.quantities)}
+        return {part.key: part for part in self.schema.columns}
 
     def _given_labels(self, table: pd.DataFrame) -> list[str]:
         return [key for key in self.schema.categorical_keys if key in table]

@@ -19,7 +19,7 @@ from exprgen._errors import CovariateError, DataQualityWarning, name_some
 
 __all__ = ["Embedding", "Quantity", "text_doubt"]
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32 = np.finfo(np.float32)
 _FINITE = (
     " Replace them; the logarithm of a zero dose, for one, is finite as np.log1p(dose) or with a "
     "small pseudo-dose in place of 0."
@@ -30,7 +30,6 @@ _FINITE = (
 class Quantity(Column):
     """A column of numbers, with the mean, standard deviation and range seen at setup."""
 
-    key: str
     mean: float
     std: float
     minimum: float
@@ -41,11 +40,11 @@ class Quantity(Column):
     def fit(cls, column: pd.Series, where: str) -> Quantity:
         """Learn the scale; raises as :meth:`values` does."""
         values = cls.values(column, where)
-        constant = values.min() == values.max()
+        mean, std = _scale(values)
         return cls(
             key=str(column.name),
-            mean=float(values[0] if constant else values.mean()),
-            std=float(1 if constant else values.std()),
+            mean=float(mean),
+            std=float(std),
             minimum=float(values.min()),
             maximum=float(values.max()),
             dtype=str(column.dtype) if is_numeric_dtype(column.dtype) else "float64",
@@ -74,7 +73,7 @@ class Quantity(Column):
                 f"or use categorical_condition_keys."
             )
         refuse_values(column.index, missing, where, "missing value", " Fill in or leave out.")
-        refuse_values(column.index, np.abs(values) > FLOAT32_MAX, where, "infinite value", _FINITE)
+        refuse_values(column.index, np.abs(values) > FLOAT32.max, where, "infinite value", _FINITE)
         return values
 
     @property
@@ -105,7 +104,6 @@ class Quantity(Column):
 class Embedding(Column):
     """A block of quantities, one per dimension, shape (n, d)."""
 
-    key: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -113,9 +111,7 @@ class Embedding(Column):
     def fit(cls, key: str, values: Any, index: pd.Index) -> Embedding:
         """Learn the scale of each dimension; raises as :meth:`values` does."""
         matrix = cls.values(values, index, f"obsm[{key!r}] (condition_embedding_key)")
-        constant = (matrix == matrix[:1]).all(axis=0)
-        mean = np.where(constant, matrix[0], matrix.mean(axis=0))
-        std = np.where(constant, 1.0, matrix.std(axis=0))
+        mean, std = _scale(matrix)
         return cls(key, tuple(mean.tolist()), tuple(std.tolist()))
 
     def __len__(self) -> int:
@@ -138,7 +134,7 @@ class Embedding(Column):
                 f"or condition; got {array.dtype} of shape {array.shape}."
             )
         values = array.astype(np.float64)
-        bad = ~(np.abs(values) <= FLOAT32_MAX).all(axis=1)
+        bad = ~(np.abs(values) <= FLOAT32.max).all(axis=1)
         refuse_values(index, bad, where, "row", " It must be finite: leave out these cells.")
         return values
 
@@ -158,3 +154,12 @@ def text_doubt(column: pd.Series, where: str) -> list[str]:
     if infer_dtype(values) not in {"string", "mixed", "mixed-integer"}:
         return []
     return [f"{where} holds numbers as text, read as numbers. Convert it with pd.to_numeric."]
+
+
+def _scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the first axis; 1 where float32 sees no spread."""
+    # Told apart by comparison: the mean of many 0.1 is not quite 0.1.
+    constant = values.min(axis=0) == values.max(axis=0)
+    mean = np.where(constant, values[0], values.mean(axis=0))
+    std = values.std(axis=0)
+    return mean, np.where(constant | (std < FLOAT32.tiny), 1.0, std)

@@ -32,7 +32,7 @@ WRITTEN = ("n_train", "support", "extrapolated", "synthetic", "library", "source
 """Columns that exprgen writes beside the conditions of synthetic cells."""
 
 
-def key_list(keys: Sequence[str] | str | None, role: str, *, many: bool) -> list[str]:
+def key_list(keys: Any, role: str, *, many: bool) -> list[str]:
     """List the keys given for a role: a list if ``many`` may be given, else a string or None.
 
     Raises
@@ -42,9 +42,10 @@ def key_list(keys: Sequence[str] | str | None, role: str, *, many: bool) -> list
     """
     if keys is None:
         return []
-    if not many and isinstance(keys, str):
-        return [keys]
-    if many and isinstance(keys, Sequence | np.ndarray | pd.Index) and not isinstance(keys, str):
+    if isinstance(keys, str):
+        if not many:
+            return [keys]
+    elif many and isinstance(keys, Sequence | np.ndarray | pd.Index):
         if wrong := [key for key in keys if not isinstance(key, str)]:
             raise TypeError(f"{role} must be a list of str; it holds {name_some(wrong)}.")
         return list(keys)
