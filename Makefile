@@ -43,6 +43,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.ready-dev
+	@rm -rf docs/generated
 	$(ONE_THREAD) $(VENV)/bin/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 

@@ -1,0 +1,56 @@
+"""How the documentation is built: `make docs`, warnings as errors, nothing fetched."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version as installed_version
+
+project = "exprgen"
+author = "exprgen contributors"
+copyright = f"2026, {author}"
+version = release = installed_version("exprgen")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build", "_templates", "**.ipynb_checkpoints", "jupyter_execute"]
+templates_path = ["_templates"]
+default_role = "literal"
+
+# Links into other packages' documentation need their inventories, hence a network: only where
+# the documentation is published.
+if os.environ.get("READTHEDOCS") == "True":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+        "numpy": ("https://numpy.org/doc/stable/", None),
+        "pandas": ("https://pandas.pydata.org/docs/", None),
+        "python": ("https://docs.python.org/3", None),
+        "scanpy": ("https://scanpy.readthedocs.io/en/stable/", None),
+        "scvi": ("https://docs.scvi-tools.org/en/stable/", None),
+        "torch": ("https://docs.pytorch.org/docs/stable/", None),
+    }
+
+autosummary_generate = True
+autosummary_ignore_module_all = False  # a module's page lists its __all__, imported or not
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+
+html_theme = "sphinx_book_theme"
+html_title = f"exprgen {version}"
