@@ -62,7 +62,7 @@ def simulate_nb(
     effect_sd
         Standard deviation over genes of a type's log fold change.
     seed
-        The same seed gives the same cells.
+        The same seed gives the same cells; the truth is the same for any ``n_obs``.
 
     Returns
     -------
@@ -174,7 +174,7 @@ def simulate_latent(
     dispersion
         Range of the genes' inverse dispersions theta (log-uniform).
     seed
-        The same seed gives the same cells.
+        The same seed gives the same cells; the truth is the same for any ``n_obs``.
 
     Returns
     -------
