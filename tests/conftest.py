@@ -17,6 +17,7 @@ for variable in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
     os.environ.setdefault(f"{variable}_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine: a red run is a fault, not a draw.
+hypothesis.settings.register_profile("exprgen", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("exprgen")
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EXPRGEN_TEST_DATA", PROJECT.parent / "shared" / "data"))
