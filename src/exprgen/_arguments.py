@@ -1,17 +1,21 @@
-"""Arguments that mean what they say: each check returns the value in the form to compute with, or
-raises an error that names the argument, what was got and what is allowed.
+"""Arguments that mean what they say.
+
+Each check returns the value in the form to compute with, or raises an error that names the
+argument, what was got and what is allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from exprgen._errors import closest, name_some
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "check_choice",
@@ -146,7 +150,7 @@ def check_choice(value: Any, name: str, options: Sequence[Any]) -> Any:
     return value
 
 
-def check_quantiles(quantiles: Iterable[float] | None) -> tuple[float, ...]:
+def check_quantiles(quantiles: Iterable[Any] | None) -> tuple[float, ...]:
     """Return quantiles in increasing order, each between 0 and 1; None means none.
 
     Raises
@@ -164,7 +168,7 @@ def check_quantiles(quantiles: Iterable[float] | None) -> tuple[float, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"quantiles must be numbers, got {value!r}.")
-        if not 0 < value < 1:
+        if not 0 < float(value) < 1:
             raise ValueError(f"quantiles must lie between 0 and 1, got {value!r}.")
     if len(set(values)) < len(values):
         raise ValueError(f"quantiles are repeated: {values}.")

@@ -1,6 +1,6 @@
-"""What stands in front of every public method: data that can be modelled, genes that are those of
-the model, arguments that mean what they say.
+"""What stands in front of every public method.
 
+Data that can be modelled, genes that are those of the model, arguments that mean what they say.
 Everything is checked before anything is changed, on all values and always the same way; an error
 or warning says what is wrong, in which cell and gene, and what to do.
 """
@@ -106,7 +106,7 @@ def matrix_of(adata: AnnData, layer: str | None) -> Any:
 
 
 def embedding_of(adata: AnnData, key: str | None) -> tuple[str, np.ndarray] | None:
-    """Find the vectors to condition on, ``(n_obs, n_dims)``, with their key; None if none is named.
+    """Find the vectors to condition on, ``(n_obs, n_dims)``, and their key; None if ``key`` is.
 
     Raises
     ------
@@ -210,14 +210,14 @@ def _check_container(adata: AnnData) -> None:
     ]  # fmt: skip
     if reserved:
         raise SetupError(
-            f"{', '.join(reserved[:3])} ({len(reserved)} in all) would be overwritten: the name is "
-            "reserved. Rename or delete it."
+            f"{', '.join(reserved[:3])} ({len(reserved)} in all) would be overwritten. "
+            "Rename or delete it."
         )
     if not adata.obs_names.is_unique:
         names = adata.obs_names[adata.obs_names.duplicated()].unique()
         _warn(
-            f"{len(names)} names in adata.obs_names are repeated: {name_some(names)}. Results go by "
-            "position; adata.obs_names_make_unique() makes them unique."
+            f"{len(names)} names in adata.obs_names are repeated: {name_some(names)}. Results "
+            "go by position; adata.obs_names_make_unique() makes them unique."
         )
 
 
@@ -229,8 +229,8 @@ def _check_values(adata: AnnData, summary: MatrixSummary, where: str) -> None:
     ):
         if first is not None:
             raise SetupError(
-                f"{where} has {_values(n)} that {_are(n)} {what}, first in {_place(adata, first)}. "
-                "Remove these cells or genes, or fill the values."
+                f"{where} has {_values(n)} that {_are(n)} {what}, first in "
+                f"{_place(adata, first)}. Remove these cells or genes, or fill the values."
             )
     if summary.zero_genes.all():
         raise SetupError(f"{where} holds nothing but 0, shape {adata.shape}.")
@@ -311,7 +311,7 @@ def _place(adata: AnnData, place: tuple[int, int]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, DataQualityWarning, stacklevel=4)
+    warnings.warn(message, DataQualityWarning, stacklevel=5)
 
 
 def align_genes(var_names: Iterable[str], model_var_names: Iterable[str]) -> np.ndarray | None:
@@ -351,8 +351,8 @@ def align_genes(var_names: Iterable[str], model_var_names: Iterable[str]) -> np.
     if len(missing):
         raise GeneMismatchError(
             f"{len(missing)} of the model's {len(model)} genes are missing from adata.var_names: "
-            f"{name_some(missing, 5)}. The data's genes begin {name_some(data, 3)}. Give data with "
-            "the genes the model was trained on, under the same names."
+            f"{name_some(missing, 5)}. The data's genes begin {name_some(data, 3)}. Give data "
+            "with the genes the model was trained on, under the same names."
         )
     extra = len(data) - len(model)
     if extra:
