@@ -21,7 +21,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WITH ?=
-PIP ?= $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP ?= $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 ARGS ?= --numprocesses 2 --dist loadfile
 
 .DELETE_ON_ERROR:
@@ -60,7 +60,7 @@ $(VENV)/.ready: pyproject.toml
 	@echo "Setting up $(VENV) (the first time: a few minutes, about 2 GB) ..."
 	@$(PYTHON) -c 'import sys; sys.exit("exprgen needs Python 3.11 or newer, $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check "pip>=25.1"
 	@$(PIP) $(TORCH)
 	@$(PIP) --editable . $(WITH)
 	@touch $@
