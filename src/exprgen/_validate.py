@@ -46,6 +46,7 @@ __all__ = [
     "check_indices",
     "check_positive_int",
     "check_quantiles",
+    "check_query_data",
     "check_setup_data",
     "embedding_of",
     "matrix_of",
@@ -175,12 +176,41 @@ def check_setup_data(
         raise SetupError(f"{where}: {error} Bring the data into memory: .to_memory().") from error
     if adata.n_obs < minimum_cells:
         raise SetupError(f"adata has {adata.n_obs} cells, the minimum is {minimum_cells}.")
-    _check_values(adata, summary, where)
+    _check_finite(adata, summary, where)
+    if summary.zero_genes.all():
+        raise SetupError(f"{where} holds nothing but 0, shape {adata.shape}.")
     if needs_counts:
         _check_counts(adata, summary, where, layer, allow_non_integer)
     else:
         _check_continuous(summary, where)
     _check_empty(adata, summary, where)
+    return summary
+
+
+def check_query_data(
+    adata: AnnData, layer: str | None, *, needs_counts: bool, allow_non_integer: bool
+) -> MatrixSummary:
+    """Check cells that a trained model is asked about; they are not changed.
+
+    Parameters
+    ----------
+    adata, layer, needs_counts, allow_non_integer
+        As in :func:`check_setup_data`.
+
+    Raises
+    ------
+    TypeError, KeyError, SetupError
+        If it is no AnnData, lacks the layer, or holds values that the model cannot take.
+    """
+    check_anndata(adata, method="adata")
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    summary = scan(matrix_of(adata, layer))
+    _check_finite(adata, summary, where)
+    if needs_counts:
+        with warnings.catch_warnings():
+            # Setup has warned of what these say.
+            warnings.simplefilter("ignore", DataQualityWarning)
+            _check_counts(adata, summary, where, layer, allow_non_integer)
     return summary
 
 
@@ -221,7 +251,7 @@ def _check_container(adata: AnnData) -> None:
         )
 
 
-def _check_values(adata: AnnData, summary: MatrixSummary, where: str) -> None:
+def _check_finite(adata: AnnData, summary: MatrixSummary, where: str) -> None:
     """Check what no model can take."""
     for n, first, what in (
         (summary.n_nan, summary.first_nan, "missing (NaN)"),
@@ -232,8 +262,6 @@ def _check_values(adata: AnnData, summary: MatrixSummary, where: str) -> None:
                 f"{where} has {_values(n)} that {_are(n)} {what}, first in "
                 f"{_place(adata, first)}. Remove these cells or genes, or fill the values."
             )
-    if summary.zero_genes.all():
-        raise SetupError(f"{where} holds nothing but 0, shape {adata.shape}.")
 
 
 def _check_counts(

@@ -1,0 +1,66 @@
+"""Seeds, generators, and the promise that the global random states are never touched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["BLOCK_SIZE", "generator", "isolated", "resolve_seed"]
+
+BLOCK_SIZE = 512
+"""Cells per block of sampling; the noise of a block depends on the seed and its number only."""
+
+
+def resolve_seed(seed: int | None) -> int:
+    """Return ``seed``, or scvi-tools' global seed, or fresh entropy.
+
+    Parameters
+    ----------
+    seed
+        An integer from 0 up, or ``None``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such integer.
+    """
+    if seed is None:
+        from scvi import settings
+
+        if settings.seed is not None:
+            return int(settings.seed)
+        return int(np.random.SeedSequence().generate_state(1)[0])
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
+    return int(seed)
+
+
+def generator(*key: int) -> torch.Generator:
+    """CPU generator whose stream depends on ``key`` alone, such as (seed, purpose, block)."""
+    state = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed torch's, numpy's and Python's global generators inside, and restore them after.
+
+    Training runs through libraries that draw from the global generators; the caller's streams
+    go on as if it had not happened.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

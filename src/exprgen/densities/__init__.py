@@ -1,0 +1,7 @@
+"""Conditional densities p(y | c)."""
+
+from exprgen.densities._base import ConditionalDensity
+from exprgen.densities._gaussian import Gaussian
+from exprgen.densities._mixture import Mixture
+
+__all__ = ["ConditionalDensity", "Gaussian", "Mixture"]

@@ -1,0 +1,6 @@
+"""Models: scvi-tools' interface around spaces and densities."""
+
+from exprgen.models._base import GenerativeModel
+from exprgen.models._presets import NBVAE
+
+__all__ = ["NBVAE", "GenerativeModel"]

@@ -1,0 +1,114 @@
+"""What ``setup_anndata`` registers with scvi-tools: the expression matrix and the conditions.
+
+Both leave the user's object as it is: nothing is cast, copied or re-ordered in place, and the
+encoded conditions are not stored in it, but recomputed from ``obs`` when they are needed. The
+registry keeps what a saved model must know: the schema, and a digest of each column, so that an
+edit after setup is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import rich.table
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.data.fields import BaseAnnDataField, LayerField
+
+from exprgen._conditions import ConditionSchema
+from exprgen._errors import CovariateError, name_some
+
+__all__ = ["CONDITIONS_KEY", "ConditionField", "expression_field"]
+
+CONDITIONS_KEY = "conditions"
+
+
+def expression_field(layer: str | None) -> LayerField:
+    """The matrix to model; already checked, and never rewritten."""
+    return LayerField(
+        REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False
+    )
+
+
+class ConditionField(BaseAnnDataField):
+    """Columns of obs and a key of obsm, as one schema.
+
+    Parameters
+    ----------
+    schema
+        Fitted to the object that will be registered, or taken from a saved model.
+    extra
+        Further plain state to keep in the registry (kind of data, size factor).
+    """
+
+    def __init__(self, schema: ConditionSchema, extra: dict[str, Any]) -> None:
+        super().__init__()
+        self.schema = schema
+        self.extra = extra
+
+    registry_key = CONDITIONS_KEY
+    attr_name = "obs"
+    attr_key = None
+    is_empty = False
+
+    def validate_field(self, adata: AnnData) -> None:
+        """Encoding validates; see :meth:`register_field`."""
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Schema, digests and extra state, plain types only."""
+        digests = condition_digests(self.schema, adata)
+        return {"schema": self.schema.to_dict(), "digests": digests, **self.extra}
+
+    def transfer_field(
+        self, state_registry: dict, adata_target: AnnData, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Register another object under the schema of the first."""
+        schema = ConditionSchema.from_dict(state_registry["schema"])
+        return {**state_registry, "digests": condition_digests(schema, adata_target)}
+
+    def get_summary_stats(self, state_registry: dict) -> dict[str, int]:
+        """How many conditions there are."""
+        return {"n_conditions": len(self.schema.condition_keys)}
+
+    def view_state_registry(self, state_registry: dict) -> rich.table.Table | None:
+        """Nothing beyond the summary."""
+        return None
+
+    def get_data_registry(self) -> dict:
+        """Nothing is stored in the AnnData for loaders to read."""
+        return {}
+
+
+def condition_digests(schema: ConditionSchema, adata: AnnData) -> dict[str, str]:
+    """Digest of each condition as the model reads it, by key."""
+    codes = encode_cells(schema, adata)
+    keys = [*schema.categorical_keys, *schema.continuous_keys]
+    blocks = {key: codes[:, [i]] for i, key in enumerate(keys)}
+    start = len(keys)
+    if schema.embedding_key is not None:
+        blocks[schema.embedding_key] = codes[:, start : start + schema.layout.n_embedding]
+        start += schema.layout.n_embedding
+    blocks |= {key: codes[:, [start + i]] for i, key in enumerate(schema.nuisance_keys)}
+    return {
+        key: hashlib.sha256(np.ascontiguousarray(block).tobytes()).hexdigest()
+        for key, block in blocks.items()
+    }
+
+
+def check_unchanged(schema: ConditionSchema, digests: dict[str, str], adata: AnnData) -> None:
+    """Refuse cells whose conditions were edited after setup."""
+    now = condition_digests(schema, adata)
+    changed = [key for key in now if now[key] != digests[key]]
+    if changed:
+        raise CovariateError(
+            f"{name_some(changed)} changed since setup_anndata. Run setup_anndata again and "
+            "create a new model, or restore the values."
+        )
+
+
+def encode_cells(schema: ConditionSchema, adata: AnnData, *, unseen: str = "error") -> np.ndarray:
+    """Encoded conditions of an AnnData's cells, ``(n_obs, width)``, range not checked."""
+    table, embedding = schema.parse(adata, argument="adata")
+    return schema.encode(table, embedding, unseen=unseen, on_extrapolation="ignore")

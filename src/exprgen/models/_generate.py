@@ -1,0 +1,305 @@
+"""``sample`` and ``counterfactual``: verbs that return new cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from torch import Tensor
+
+from exprgen import _arguments
+from exprgen._random import generator, resolve_seed
+from exprgen.models._progress import blocks
+from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
+from exprgen.models._statistics import Moments
+from exprgen.module import ExpressionModule
+
+__all__ = ["GenerateMixin"]
+
+class GenerateMixin:
+    """Verbs that return new cells."""
+
+    module: ExpressionModule
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | None = None,
+        n_obs: int = 1,
+        *,
+        marginalize: Sequence[str] = (),
+        log_fold_change: Mapping[str, float] | pd.Series | pd.DataFrame | None = None,
+        library: Literal["sampled"] | float | np.ndarray = "sampled",
+        unseen: Literal["error", "null"] = "error",
+        on_extrapolation: Literal["warn", "raise", "ignore"] = "warn",
+        progress_bar: bool = True,
+        seed: int | None = None,
+    ) -> AnnData:
+        """Draw new cells for given conditions.
+
+        Every count is drawn through the whole model: latent state and depth from p(y | c), the
+        donor's effect, and the count from the likelihood.
+
+        Parameters
+        ----------
+        conditions
+            A table or mapping of conditions (scalars are repeated), or an AnnData whose obs and
+            obsm are read. ``None`` draws conditions as they occur in training.
+        n_obs
+            Cells per row of conditions (with ``None``: cells in all). Cells of row i are rows
+            ``i * n_obs`` to ``(i + 1) * n_obs - 1``.
+        marginalize
+            Conditions to leave out and draw as training saw them. Batch and donor are drawn
+            whenever they are not given, once per row of conditions: the batch from those seen
+            with the conditions, the donor as a new one.
+        log_fold_change
+            Known log2 fold changes to plant in the means: a mapping or Series by gene, or a
+            DataFrame of rows of conditions × genes.
+        library
+            ``"sampled"``, jointly with the latent state; or fixed depths, a number or one per
+            row of conditions, on the scale of setup (totals, or size factors).
+        unseen
+            ``"null"`` treats a batch that training has not seen as not given.
+        on_extrapolation
+            What to do outside the trained range or for combinations never seen together.
+        progress_bar
+            Whether to show one when it takes more than a few seconds.
+        seed
+            The same seed gives the same cells. ``None`` takes ``scvi.settings.seed``, or fresh
+            entropy; it is recorded in ``uns["exprgen"]``.
+
+        Returns
+        -------
+        New AnnData with counts (CSR) in X and the layer of setup, conditions and ``synthetic``,
+        ``library``, ``n_train``, ``support`` and ``extrapolated`` in obs, and provenance in
+        ``uns["exprgen"]``.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        KeyError, TypeError, ValueError, CovariateError, UnseenCategoryError
+            If the conditions are not what the model knows.
+
+        Warns
+        -----
+        ExtrapolationWarning
+            If conditions lie outside what training saw.
+        """
+        self._check_trained()
+        _arguments.check_positive_int(n_obs, "n_obs", minimum=0)
+        seed = resolve_seed(seed)
+        query = ask(
+            self.schema,
+            self._observed,
+            conditions,
+            n_obs=n_obs,
+            marginalize=marginalize,
+            unseen=unseen,
+            on_extrapolation=on_extrapolation,
+            rng=np.random.default_rng([seed, TABLE]),
+        )
+        n_cells = len(query.table)
+        rows = np.arange(n_cells) // max(n_obs, 1) if conditions is not None else np.arange(n_cells)
+        log_depth = log_library(library, rows)
+        shift = _planted(log_fold_change, rows, self.var_names)
+        drawn = []
+        for block, part in blocks(n_cells, "Sampling", show=progress_bar):
+            noise = generator(seed, CELL, block)
+            effect = _donor_effects(self.module, query.codes[part], query.donors[part], seed)
+            if shift is not None:
+                effect = shift(part) if effect is None else effect + shift(part)
+            c = torch.from_numpy(query.codes[part]).to(self._device)
+            depth = None if log_depth is None else log_depth[part].to(self._device)
+            y, location = self.module.sample(c, noise, log_depth=depth, effect=effect)
+            counts = self.module.space.likelihood.draw(location, noise).numpy()
+            drawn.append((sparse.csr_matrix(counts), self.module.space.log_depth(y, c).exp().cpu().numpy()))
+        counts = _stack([counts for counts, _ in drawn], len(self.var_names))
+        depths = np.concatenate([depth for _, depth in drawn] or [np.zeros(0)])
+        return self._synthetic(query, counts, depths, seed)
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        adata: AnnData | None = None,
+        *,
+        to: Mapping[str, Any],
+        indices: np.ndarray | None = None,
+        n_samples: int = 25,
+        on_extrapolation: Literal["warn", "raise", "ignore"] = "warn",
+        key_added: str = "exprgen",
+        progress_bar: bool = True,
+        seed: int | None = None,
+    ) -> AnnData:
+        """The same cells under other conditions, as new cells.
+
+        Each cell's latent state is drawn from its posterior given its counts, shifted by the
+        difference between the mean latent states of the two conditions, E[z | c'] - E[z | c], and
+        decoded under the new ones. What is held: the cell's place relative to its condition's
+        mean, its depth, its batch and its donor's effect.
+
+        Parameters
+        ----------
+        adata
+            Cells; ``None`` is the model's own.
+        to
+            Conditions to change, by name: a value, or one per cell.
+        indices
+            Which cells.
+        n_samples
+            Posterior draws per cell that the statistics average over.
+        on_extrapolation
+            What to do about conditions outside what training saw.
+        key_added
+            Prefix of the statistics' layers.
+        progress_bar, seed
+            As in :meth:`sample`.
+
+        Returns
+        -------
+        New AnnData: one draw of counts per cell in X and the layer of setup, mean and standard
+        deviation of the draws in layers, changed conditions in obs, and ``obs["source"]``, the
+        name of the cell that it came from.
+        """
+        self._check_trained()
+        _arguments.check_positive_int(n_samples, "n_samples")
+        seed = resolve_seed(seed)
+        cells = self._cells(adata, indices)
+        source, embedding = self.schema.parse(cells.adata, argument="adata")
+        source = source.iloc[cells.rows]
+        embedding = None if embedding is None else embedding[cells.rows]
+        changed = self._changed(source, embedding, to)
+        query = ask(
+            self.schema,
+            self._observed,
+            changed,
+            on_extrapolation=on_extrapolation,
+            rng=np.random.default_rng([seed, TABLE]),
+        )
+        n_vars = len(self.var_names)
+        mean, std = np.zeros((2, len(source), n_vars), np.float32)
+        counts, depths = [], []
+        space, density = self.module.space, self.module.density
+        for block, part in blocks(len(source), "Counterfactual", show=progress_bar):
+            noise = generator(seed, CELL, block)
+            x, c, library = cells.tensors(part, self._device)
+            new_c = torch.from_numpy(query.codes[part]).to(self._device)
+            centre, sd = space.encode(x, c, library)
+            shift = density.mean(space.features.conditions(new_c))
+            shift = shift - density.mean(space.features.conditions(c))
+            effect = space.known_effect(new_c)
+            moments = Moments()
+            for _ in range(n_samples):
+                y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
+                log_depth = space.log_depth(y, c)
+                location = space.decode_at((y + shift)[:, :-1], log_depth, new_c, effect)
+                drawn = space.likelihood.draw(location, noise)
+                moments.add(drawn)
+            mean[part], std[part] = moments.mean.numpy(), moments.variance().sqrt().numpy()
+            counts.append(sparse.csr_matrix(drawn.numpy()))
+            depths.append(log_depth.exp().cpu().numpy())
+        cell_depths = np.concatenate(depths or [np.zeros(0)])
+        synthetic = self._synthetic(query, _stack(counts, n_vars), cell_depths, seed)
+        synthetic.obs["source"] = cells.adata.obs_names[cells.rows].to_numpy()
+        synthetic.layers[f"{key_added}_mean"], synthetic.layers[f"{key_added}_std"] = mean, std
+        return synthetic
+
+    def _changed(
+        self, source: pd.DataFrame, embedding: np.ndarray | None, to: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The cells' conditions with those in ``to`` replaced, as a mapping to ask with."""
+        if not to:
+            raise ValueError("to must name at least one condition to change.")
+        self.schema.parse(to, argument="to")
+        conditions: dict[str, Any] = {key: source[key].to_numpy() for key in source}
+        if embedding is not None:
+            conditions[self.schema.embedding_key] = embedding
+        conditions |= dict(to)
+        return conditions
+
+    def _synthetic(
+        self, query: Query, counts: sparse.csr_matrix, depths: np.ndarray, seed: int
+    ) -> AnnData:
+        """Sampled cells as an AnnData that survives scanpy."""
+        table, schema = query.table, self.schema
+        obs = schema.restore(table.reset_index(drop=True))
+        obs.index = [f"synthetic_{i}" for i in range(len(table))]
+        obs["synthetic"] = True
+        # On the scale of setup: what a user would compare with the real cells' column.
+        observed_depth = self._setup_args["size_factor_key"] is not None
+        obs["library"] = depths if observed_depth else np.asarray(counts.sum(1)).ravel()
+        obs["n_train"] = self._observed.n_train(table)
+        obs["support"] = pd.Categorical(
+            self._observed.support(table),
+            categories=["seen", "between", "unseen combination", "outside range"],
+        )
+        obs["extrapolated"] = schema.extrapolated(table)
+        synthetic = AnnData(X=counts, obs=obs, var=pd.DataFrame(index=self.var_names))
+        layer = self._setup_args["layer"]
+        if layer is not None:
+            synthetic.layers[layer] = counts.copy()
+        if query.embedding is not None:
+            synthetic.obsm[schema.embedding_key] = query.embedding
+        synthetic.uns["exprgen"] = {
+            "model": type(self).__name__,
+            "version": version("exprgen"),
+            "seed": seed,
+            "layer": layer or "",
+            "size_factor_key": self._setup_args["size_factor_key"] or "",
+            "training_seed": self.seed_,
+        }
+        return synthetic
+
+
+def _donor_effects(
+    module: ExpressionModule, codes: np.ndarray, donors: np.ndarray, seed: int
+) -> Tensor | None:
+    """Each row's donor effect, ``(n, n_vars)``: rows of one donor number share one draw."""
+    space = module.space
+    if space.donors is None:
+        return None
+    known = space.features.donor(torch.from_numpy(codes)).numpy()
+    numbers, first, inverse = np.unique(donors, return_index=True, return_inverse=True)
+    draws = [
+        space.donors.draw(int(known[row]), 1, generator(seed, DONOR, int(number)))[0]
+        for number, row in zip(numbers, first, strict=True)
+    ]
+    return torch.stack(draws)[torch.from_numpy(inverse)]
+
+
+def _planted(
+    log_fold_change: Mapping[str, float] | pd.Series | pd.DataFrame | None,
+    rows: np.ndarray,
+    var_names: pd.Index,
+) -> Any:
+    """Function from a slice of cells to natural-log shifts of their means, ``(n, n_vars)``."""
+    if log_fold_change is None:
+        return None
+    if not isinstance(log_fold_change, pd.DataFrame):
+        log_fold_change = pd.DataFrame([pd.Series(log_fold_change, dtype=float)])
+    elif len(log_fold_change) != rows.max(initial=-1) + 1:
+        raise ValueError(
+            f"log_fold_change has {len(log_fold_change)} rows, conditions have "
+            f"{rows.max(initial=-1) + 1}: give one per row, or a mapping by gene."
+        )
+    genes = _arguments.check_genes(log_fold_change.columns, var_names)
+    values = log_fold_change.to_numpy(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("log_fold_change must be finite.")
+    table = np.zeros((len(values), len(var_names)), dtype=np.float32)
+    table[:, genes] = values * np.log(2)
+    if len(table) == 1:
+        return lambda part: torch.from_numpy(table)
+    return lambda part: torch.from_numpy(table[rows[part]])
+
+
+def _stack(blocks: list[sparse.csr_matrix], n_vars: int) -> sparse.csr_matrix:
+    if not blocks:
+        return sparse.csr_matrix((0, n_vars), dtype=np.float32)
+    return sparse.vstack(blocks, format="csr")

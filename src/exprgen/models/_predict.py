@@ -1,0 +1,274 @@
+"""``predict`` and ``denoise``: statistics per cell and gene, written into the AnnData."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from exprgen import _arguments, _slots
+from exprgen._random import generator, resolve_seed
+from exprgen.models._progress import blocks, track
+from exprgen.models._query import CELL, TABLE, Query, ask, log_library, with_batch
+from exprgen.models._statistics import Moments, predictive_of_cell, predictive_of_mean
+from exprgen.module import ExpressionModule
+
+__all__ = ["PredictMixin"]
+
+logger = logging.getLogger("exprgen")
+
+
+class PredictMixin:
+    """Verbs that write statistics into an AnnData."""
+
+    module: ExpressionModule
+
+    def predict(
+        self,
+        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | None = None,
+        *,
+        of: Literal["cell", "mean"] = "cell",
+        n_cells: int | None = None,
+        genes: Sequence[str] | None = None,
+        library: float | np.ndarray | None = None,
+        n_samples: int = 1000,
+        quantiles: Sequence[float] = (0.05, 0.95),
+        unseen: Literal["error", "null"] = "error",
+        on_extrapolation: Literal["warn", "raise", "ignore"] = "warn",
+        key_added: str = "exprgen",
+        overwrite: bool = False,
+        copy: bool = False,
+        progress_bar: bool = True,
+        seed: int | None = None,
+    ) -> AnnData:
+        """Mean, spread and quantiles of p(x | c), per cell and gene.
+
+        This uses the conditions, never the cells' own counts; for those see :meth:`denoise`.
+        Rows with equal conditions share one computation.
+
+        Parameters
+        ----------
+        conditions
+            An AnnData (results are written to it), or a table or mapping of conditions (a new
+            AnnData comes back, one row per condition). ``None`` is the model's own data.
+        of
+            ``"cell"``: the counts of a cell. ``"mean"``: the mean counts of ``n_cells`` cells of
+            one donor, the pseudobulk; its interval holds the between-donor variance if a
+            ``donor_key`` was registered and the donor is new.
+        n_cells
+            Cells in the mean; ``None`` is infinitely many, which needs a ``donor_key``.
+        genes
+            Only these genes; results then go to obsm, with their names in ``uns``.
+        library
+            Fixed depths on the scale of setup, one number or one per row; ``None`` draws them
+            jointly with the latent state.
+        n_samples
+            Draws per distinct row of conditions.
+        quantiles
+            Which quantiles to write, each in (0, 1).
+        unseen, on_extrapolation
+            As in :meth:`sample`.
+        key_added
+            Prefix of the slots: layers ``{key}_mean``, ``{key}_std`` and its terms
+            ``{key}_std_latent`` and ``{key}_std_donor``, ``{key}_q05`` …, ``obs["{key}_split"]``,
+            and ``uns[key]``. Units are counts.
+        overwrite
+            Whether to replace slots of these names that exprgen did not write.
+        copy
+            Whether to write to a copy.
+        progress_bar, seed
+            As in :meth:`sample`.
+
+        Returns
+        -------
+        The AnnData that carries the results: the same object, or a copy if it was a view.
+        """
+        self._check_trained()
+        _arguments.check_choice(of, "of", ("cell", "mean"))
+        _arguments.check_positive_int(n_samples, "n_samples")
+        quantiles = _arguments.check_quantiles(quantiles)
+        if n_cells is not None:
+            _arguments.check_positive_int(n_cells, "n_cells")
+        elif of == "mean" and self.module.space.donors is None:
+            raise ValueError(
+                "of='mean' of infinitely many cells has no spread without a donor_key: give "
+                "n_cells, the number of cells in the mean."
+            )
+        selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
+        seed = resolve_seed(seed)
+        if conditions is None:
+            conditions = self._own_data()
+        if isinstance(conditions, AnnData):
+            logger.info("predict uses the conditions, not the counts; see denoise for those.")
+            if selected is None:
+                self._check_same_genes(conditions)
+        query = ask(
+            self.schema,
+            self._observed,
+            conditions,
+            draw_batch=False,
+            unseen=unseen,
+            on_extrapolation=on_extrapolation,
+            rng=np.random.default_rng([seed, TABLE]),
+        )
+        rows = np.arange(len(query.table))
+        log_depth = log_library("sampled" if library is None else library, rows)
+        distinct = query.codes if log_depth is None else np.c_[query.codes, log_depth.numpy()]
+        _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
+        names = [_slots.quantile_name(q) for q in quantiles]
+        columns = slice(None) if selected is None else selected
+        results: dict[str, list[np.ndarray]] = {}
+        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
+            noise = generator(seed, CELL, i)
+            depth = None if log_depth is None else log_depth[row]
+            location, donor = self._locations(query, row, depth, n_samples, noise, seed)
+            if of == "cell":
+                law = predictive_of_cell(self.module, location, donor, noise)
+            else:
+                law = predictive_of_mean(self.module, location, donor, noise, n_cells)
+            for name, value in law.slots(quantiles, names).items():
+                results.setdefault(name, []).append(value[columns].astype(np.float32))
+        info = {"of": of, "n_cells": n_cells or 0, "n_samples": n_samples, "seed": seed}
+        info["quantiles"] = list(quantiles)
+        given = isinstance(conditions, AnnData)
+        return self._write(
+            conditions if given else self._new_adata(query),
+            "predict",
+            {name: np.stack(values)[inverse] for name, values in results.items()},
+            info,
+            split=self._split_of(conditions) if given else None,
+            selected=selected,
+            key_added=key_added,
+            overwrite=overwrite,
+            copy=copy,
+        )
+
+    def _locations(
+        self,
+        query: Query,
+        row: int,
+        log_depth: Tensor | None,
+        n_samples: int,
+        noise: torch.Generator,
+        seed: int,
+    ) -> tuple[Tensor, int]:
+        """Draws of the likelihood's location for one row, ``(n_samples, n_vars)``, and its donor.
+
+        An unknown batch is drawn anew for each.
+        """
+        space = self.module.space
+        repeated = np.full(n_samples, row)
+        codes = query.codes[repeated]
+        if space.features.batch_is_unknown(torch.from_numpy(codes[:1])).any():
+            table = query.table.iloc[repeated].drop(columns=self.schema.batch_key, errors="ignore")
+            rng = np.random.default_rng([seed, TABLE, row])
+            table = with_batch(self.schema, self._observed, table, rng=rng)
+            embedding = None if query.embedding is None else query.embedding[repeated]
+            codes = self.schema.encode(table, embedding, on_extrapolation="ignore")
+        c = torch.from_numpy(codes).to(self._device)
+        depth = None if log_depth is None else log_depth.expand(n_samples).to(self._device)
+        _, location = self.module.sample(c, noise, log_depth=depth)
+        return location, int(space.features.donor(c[:1]))
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        adata: AnnData | None = None,
+        *,
+        batch: str = "average",
+        library: Literal["observed"] | float = "observed",
+        genes: Sequence[str] | None = None,
+        n_samples: int = 25,
+        key_added: str = "exprgen",
+        overwrite: bool = False,
+        copy: bool = False,
+        progress_bar: bool = True,
+        seed: int | None = None,
+    ) -> AnnData:
+        """Expected expression given each cell's own counts, with its posterior uncertainty.
+
+        Parameters
+        ----------
+        adata
+            Cells; ``None`` is the model's own data.
+        batch
+            ``"average"`` decodes each cell in every training batch and averages, which removes
+            the batch effect; ``"observed"`` in its own; or the label of one batch.
+        library
+            ``"observed"``, the cell's own depth; or one depth for all, e.g. ``1e4`` for counts per
+            ten thousand.
+        genes, key_added, overwrite, copy, progress_bar, seed
+            As in :meth:`predict`; slots are ``{key}_denoised`` and ``{key}_denoised_std``, the
+            standard deviation of the expectation under the cell's posterior.
+        n_samples
+            Draws of the latent state per cell.
+
+        Returns
+        -------
+        The AnnData that carries the results: the same object, or a copy if it was a view.
+        """
+        self._check_trained()
+        _arguments.check_positive_int(n_samples, "n_samples")
+        selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
+        fixed = None if library == "observed" else log_library(library, np.zeros(1, int))
+        seed = resolve_seed(seed)
+        adata = self._own_data() if adata is None else adata
+        cells = self._cells(adata, unseen="error" if batch == "observed" else "null")
+        if selected is None:
+            self._check_same_genes(cells.adata)
+        codes = self._batches_to_decode(batch)
+        columns = slice(None) if selected is None else selected
+        n_genes = len(self.var_names) if selected is None else len(selected)
+        results = {k: np.zeros((len(cells), n_genes), np.float32) for k in _DENOISED}
+        space = self.module.space
+        for block, part in blocks(len(cells), "Denoising", show=progress_bar):
+            noise = generator(seed, CELL, block)
+            x, c, depth = cells.tensors(part, self._device)
+            centre, sd = space.encode(x, c, depth)
+            effect = space.known_effect(c)
+            moments = Moments()
+            for _ in range(n_samples):
+                y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
+                log_depth = space.log_depth(y, c) if fixed is None else fixed.expand(len(y)).to(y)
+                expected = 0.0
+                for code in codes:
+                    decoded = c if code is None else space.features.with_batch(c, code)
+                    location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
+                    expected = expected + space.likelihood.mean(location)[:, columns] / len(codes)
+                moments.add(expected)
+            results["denoised"][part] = moments.mean.cpu().numpy()
+            results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()
+        info = {"batch": batch, "library": str(library), "n_samples": n_samples, "seed": seed}
+        return self._write(
+            cells.adata,
+            "denoise",
+            results,
+            info,
+            split=cells.split,
+            selected=selected,
+            key_added=key_added,
+            overwrite=overwrite,
+            copy=copy,
+        )
+
+    def _batches_to_decode(self, batch: str) -> list[int | None]:
+        """Codes of the batches to average over; ``None`` is the cell's own."""
+        labels = self.schema.batch
+        if batch == "observed" or (batch == "average" and labels is None):
+            return [None]
+        if batch == "average":
+            return list(range(len(labels)))
+        if labels is None:
+            raise ValueError(f"batch={batch!r}: the model has no batch_key.")
+        column = pd.Series([batch], index=["batch"])
+        return [int(labels.encode(column, "batch", unseen="error")[0])]
+
+
+_DENOISED = ("denoised", "denoised_std")

@@ -1,0 +1,92 @@
+"""The public models: which space and which density."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anndata import AnnData
+
+from exprgen.densities import Mixture
+from exprgen.likelihoods import NegativeBinomial
+from exprgen.models._base import GenerativeModel
+from exprgen.module import ExpressionModule
+from exprgen.spaces import LatentSpace
+
+__all__ = ["NBVAE"]
+
+
+class NBVAE(GenerativeModel):
+    """Variational autoencoder of counts with a learned conditional prior.
+
+    Counts are negative binomial given a latent state z and the depth, which are drawn jointly from
+    a mixture of Gaussians that depends on the conditions :cite:p:`lopez2018`.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`.
+    registry
+        The registry of a saved model, instead of data.
+    seed
+        Of the initial weights and of training.
+    n_latent
+        Dimensions of z.
+    n_hidden, n_layers
+        Width and number of hidden layers of encoder and decoder.
+    dropout
+        Share of hidden units left out in a training step.
+    n_components
+        Gaussians in the prior.
+
+    Examples
+    --------
+    >>> import exprgen
+    >>> adata = exprgen.datasets.pbmc68k_reduced()
+    >>> exprgen.NBVAE.setup_anndata(adata, layer="counts", categorical_condition_keys=["cell_type"])
+    >>> model = exprgen.NBVAE(adata, seed=0)
+    >>> model.train()
+    >>> synthetic = model.sample({"cell_type": "CD19+ B"}, n_obs=100)
+    """
+
+    needs_counts = True
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        n_latent: int = 10,
+        n_hidden: int = 256,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        n_components: int = 10,
+    ) -> None:
+        super().__init__(adata, registry, seed=seed)
+        self._set_module(
+            {
+                "n_latent": n_latent,
+                "n_hidden": n_hidden,
+                "n_layers": n_layers,
+                "dropout": dropout,
+                "n_components": n_components,
+            }
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    def _build_module(
+        self, *, n_latent: int, n_hidden: int, n_layers: int, dropout: float, n_components: int
+    ) -> ExpressionModule:
+        n_vars = len(self.var_names)
+        space = LatentSpace(
+            n_vars,
+            self.schema.layout,
+            NegativeBinomial(n_vars),
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            dropout=dropout,
+            depth_is_observed=self._setup_args["size_factor_key"] is not None,
+        )
+        density = Mixture(space.n_dims, space.features.n_features, n_components=n_components)
+        return ExpressionModule(space, density)

@@ -1,0 +1,140 @@
+r"""Draws of p(x | c) reduced to moments and quantiles.
+
+With m the log mean without donor and u the donor's log factor, the variance of a count splits into
+
+.. math::
+    \underbrace{E\,\mathrm{Var}(x \mid y, u)}_{\text{decoder}} +
+    \underbrace{\mathrm{Var}(e^m)\,E\,e^{2u}}_{\text{latent}} +
+    \underbrace{(E\,e^m)^2\,\mathrm{Var}(e^u)}_{\text{donor}},
+
+the donor's term in closed form because its factor stands outside the softmax. Quantiles are order
+statistics of n draws, at ranks :math:`\lfloor q(n+1)\rfloor` below the median and
+:math:`\lceil q(n+1)\rceil` above: a new draw falls between two of them with the nominal
+probability or a little more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exprgen.module import ExpressionModule
+
+__all__ = ["Moments", "Predictive", "order_statistics", "predictive_of_cell", "predictive_of_mean"]
+
+
+class Moments:
+    """Running mean and variance of tensors of one shape (Welford)."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean: Tensor | float = 0.0
+        self._square: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Take in one more draw."""
+        self.n += 1
+        difference = values.double() - self.mean
+        self.mean = self.mean + difference / self.n
+        self._square = self._square + difference * (values.double() - self.mean)
+
+    def variance(self) -> Tensor:
+        """Unbiased variance; 0 of a single draw."""
+        return torch.as_tensor(self._square) / max(self.n - 1, 1)
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """Per gene: mean, the three terms of the variance, all ``(n_vars,)``, and draws.
+
+    ``draws`` is ``(n_samples, n_vars)``; ``donor`` is ``None`` without donors.
+    """
+
+    mean: np.ndarray
+    decoder: np.ndarray
+    latent: np.ndarray
+    donor: np.ndarray | None
+    draws: np.ndarray
+
+    def slots(self, quantiles: Sequence[float], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values by the name of the slot they go to; ``names`` are the quantiles'."""
+        total = self.decoder + self.latent + (0 if self.donor is None else self.donor)
+        slots = {"mean": self.mean, "std": np.sqrt(total), "std_latent": np.sqrt(self.latent)}
+        if self.donor is not None:
+            slots["std_donor"] = np.sqrt(self.donor)
+        return slots | dict(zip(names, order_statistics(self.draws, quantiles), strict=True))
+
+
+@torch.no_grad()
+def predictive_of_cell(
+    module: ExpressionModule, location: Tensor, donor: int, generator: torch.Generator
+) -> Predictive:
+    """Law of one cell's counts from ``location`` ``(n_samples, n_vars)``, without donor effect."""
+    likelihood, donors = module.space.likelihood, module.space.donors
+    expected = likelihood.mean(location).double()
+    mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
+    factor, donor_variance = 1.0, None
+    if donors is not None:
+        u_mean, u_variance = (moment.double() for moment in donors.law(donor))
+        factor = (u_mean + u_variance / 2).exp()
+        second = (2 * u_mean + 2 * u_variance).exp()
+        donor_variance = _array(mean.square() * (second - factor.square()))
+        latent = latent * second
+        location = location + donors.draw(donor, len(location), generator).to(location)
+    return Predictive(
+        mean=_array(mean * factor),
+        decoder=_array(likelihood.variance(location).double().mean(0)),
+        latent=_array(latent),
+        donor=donor_variance,
+        draws=likelihood.draw(location, generator).numpy(),
+    )
+
+
+@torch.no_grad()
+def predictive_of_mean(
+    module: ExpressionModule,
+    location: Tensor,
+    donor: int,
+    generator: torch.Generator,
+    n_cells: int | None,
+) -> Predictive:
+    """Law of the mean counts of ``n_cells`` cells of one donor (``None``: of infinitely many)."""
+    cell = predictive_of_cell(module, location, donor, generator)
+    share = 0.0 if n_cells is None else 1 / n_cells
+    within = (cell.decoder + cell.latent) * share
+    donors = module.space.donors
+    noise = torch.randn(location.shape, generator=generator).double().numpy()
+    centre = cell.mean
+    if donors is not None:
+        effect = (
+            donors.draw(donor, len(location), generator)
+            if donor >= 0
+            else donors.draw_heavy(len(location), generator)
+        )
+        centre = _array(module.space.likelihood.mean(location).double().mean(0)) * _array(
+            effect.double().exp()
+        )
+    draws = np.clip(centre + np.sqrt(within) * noise, 0, None)
+    return Predictive(cell.mean, cell.decoder * share, cell.latent * share, cell.donor, draws)
+
+
+def order_statistics(draws: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
+    """Quantiles of draws ``(n, n_vars)`` as order statistics, ``(n_quantiles, n_vars)``."""
+    n = len(draws)
+    ranks = [
+        math.floor(q * (n + 1) + 1e-9) if q < 0.5 else math.ceil(q * (n + 1) - 1e-9)
+        for q in quantiles
+    ]
+    positions = [min(max(rank, 1), n) - 1 for rank in ranks]
+    if not positions:
+        return np.zeros((0, draws.shape[1]))
+    return np.partition(draws, sorted(set(positions)), axis=0)[positions]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,230 @@
+"""``train``: split, start from the data, run the plan, keep the best weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scvi.train import TrainRunner
+
+from exprgen import _arguments, _validate
+from exprgen._conditions import ConditionSchema
+from exprgen._errors import TrainingDivergedError, closest
+from exprgen._random import isolated
+from exprgen.models._cells import GeneReader, cell_keys, library_of
+from exprgen.models._fields import check_unchanged, encode_cells
+from exprgen.module import ExpressionModule
+from exprgen.spaces import DataMoments
+from exprgen.train import (
+    MONITOR,
+    CellDataModule,
+    CellDataset,
+    GenerativeTrainingPlan,
+    KeepBestWeights,
+    default_max_epochs,
+)
+
+__all__ = ["TrainMixin"]
+
+logger = logging.getLogger("exprgen")
+
+
+class TrainMixin:
+    """Training of a :class:`~exprgen.models.GenerativeModel`."""
+
+    adata: AnnData | None
+    schema: ConditionSchema
+    module: ExpressionModule
+    seed_: int
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        batch_size: int = 128,
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        split_key: str | None = None,
+        early_stopping: bool = True,
+        early_stopping_patience: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        progress_bar: bool = True,
+        plan_kwargs: dict[str, Any] | None = None,
+        trainer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Train on the registered cells.
+
+        The weights of the epoch with the best validation ELBO are kept. The caller's random
+        streams are not touched; the same seed on the same machine gives the same weights.
+
+        Parameters
+        ----------
+        max_epochs
+            Length of the run, over which the learning rate rises and falls; ``None`` chooses it
+            by the number of steps.
+        batch_size
+            Cells per step.
+        train_size, validation_size
+            Shares of the cells, drawn at random; ``validation_size=None`` is the rest. Cells in
+            neither are not used.
+        split_key
+            Column of obs with the values ``"train"`` and ``"validation"``, instead of a random
+            split; cells with any other value are not used.
+        early_stopping
+            Whether to stop when the validation ELBO has not improved for a while.
+        early_stopping_patience
+            Epochs to wait for an improvement; ``None`` is a quarter of the run.
+        accelerator, devices
+            As Lightning takes them.
+        progress_bar
+            Whether to show one.
+        plan_kwargs
+            Arguments of :class:`~exprgen.train.GenerativeTrainingPlan`, e.g. ``{"lr": 1e-3}``.
+        trainer_kwargs
+            Arguments of :class:`scvi.train.Trainer`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument cannot be used; nothing has been trained then.
+        CovariateError
+            If the conditions were edited since setup.
+        TrainingDivergedError
+            If the loss stops being finite; the best weights until then are kept.
+        """
+        if self.adata is None:
+            raise ValueError("This model was loaded without data: load(path, adata) to train it.")
+        _arguments.check_positive_int(batch_size, "batch_size")
+        plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
+        trainer_kwargs = dict(trainer_kwargs or {})
+        dataset, keys = self._training_cells()
+        train_idx, val_idx = self._split(train_size, validation_size, split_key)
+        if early_stopping and len(val_idx) == 0:
+            raise ValueError(
+                "early_stopping=True needs validation cells, but train_size="
+                f"{train_size} leaves none. Give train_size < 1 or early_stopping=False."
+            )
+        if max_epochs is None:
+            max_epochs = default_max_epochs(len(train_idx), batch_size)
+        elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
+            return
+        data = CellDataModule(dataset, train_idx, val_idx, batch_size)
+        keep_best = KeepBestWeights()
+        with isolated(self.seed_):
+            if not self.module.initialized:
+                self.module.space.initialize(_moments(dataset, train_idx))
+                self.module.initialized.fill_(True)
+            plan = GenerativeTrainingPlan(
+                self.module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
+            )
+            runner = TrainRunner(
+                self,
+                training_plan=plan,
+                data_splitter=data,
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                early_stopping=early_stopping,
+                early_stopping_monitor=MONITOR,
+                early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 4),
+                check_val_every_n_epoch=1 if len(val_idx) else None,
+                enable_progress_bar=progress_bar,
+                gradient_clip_val=trainer_kwargs.pop("gradient_clip_val", 10.0),
+                callbacks=[keep_best, *trainer_kwargs.pop("callbacks", [])],
+                **trainer_kwargs,
+            )
+            try:
+                runner()
+            except TrainingDivergedError:
+                self.is_trained_ = keep_best.restore(self.module)
+                self.module.eval()
+                self._finish(data, keys)
+                raise
+        self._finish(data, keys)
+
+    def _finish(self, data: CellDataModule, keys: np.ndarray) -> None:
+        """Record which cells were used, and what they were."""
+        self.train_indices_, self.validation_indices_ = data.train_idx, data.val_idx
+        self.test_indices_ = data.test_idx
+        self.cell_keys_ = {"train": keys[data.train_idx], "validation": keys[data.val_idx]}
+        self._observe(data.train_idx)
+
+    def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
+        """All registered cells, checked to be what setup saw, and their keys."""
+        check_unchanged(self.schema, self._setup_state["digests"], self.adata)
+        layer = self._setup_args["layer"]
+        summary = _validate.check_query_data(
+            self.adata,
+            layer,
+            needs_counts=self.needs_counts,
+            allow_non_integer=self._setup_args["allow_non_integer"],
+        )
+        reader = GeneReader(_validate.matrix_of(self.adata, layer))
+        totals = summary.row_totals
+        library = library_of(self.adata, self._setup_args["size_factor_key"], totals)
+        codes = encode_cells(self.schema, self.adata)
+        return CellDataset(reader, codes, library), cell_keys(self.adata, totals)
+
+    def _split(
+        self, train_size: float, validation_size: float | None, split_key: str | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of training and validation cells."""
+        n_obs = self.adata.n_obs
+        if split_key is not None:
+            if split_key not in self.adata.obs:
+                hint = closest(split_key, self.adata.obs.columns)
+                raise KeyError(f"split_key={split_key!r} is no column of obs.{hint}")
+            labels = self.adata.obs[split_key].astype(str).to_numpy()
+            train, validation = (np.flatnonzero(labels == k) for k in ("train", "validation"))
+            if len(train) == 0:
+                raise ValueError(
+                    f"obs[{split_key!r}] (split_key) has no cell labelled 'train'; its labels "
+                    f"are {sorted(set(labels))[:5]}."
+                )
+            return train, validation
+        for name, value in (("train_size", train_size), ("validation_size", validation_size)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
+        if validation_size is None:
+            validation_size = 1 - train_size
+        if train_size == 0 or train_size + validation_size > 1 + 1e-9:
+            raise ValueError(
+                "train_size must be positive and train_size + validation_size at most 1, got "
+                f"{train_size} and {validation_size}."
+            )
+        order = np.random.default_rng(self.seed_).permutation(n_obs)
+        n_validation = math.floor(n_obs * validation_size + 1e-9)
+        n_train = min(math.ceil(n_obs * train_size - 1e-9), n_obs - n_validation)
+        return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])
+
+
+def _checked(kwargs: dict[str, Any] | None, argument: str, owner: type) -> dict[str, Any]:
+    """Refuse unknown keywords before anything runs."""
+    allowed = set(inspect.signature(owner).parameters) - {"module", "n_obs_training", "seed"}
+    for word in kwargs or {}:
+        if word not in allowed:
+            raise TypeError(
+                f"{argument} has no {word!r}; it takes {sorted(allowed)}.{closest(word, allowed)}"
+            )
+    return dict(kwargs or {})
+
+
+def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 4096) -> DataMoments:
+    """Sums over the training cells, block by block."""
+    n_vars = dataset.reader.shape[1]
+    x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
+    for start in range(0, len(rows), block):
+        batch = dataset[rows[start : start + block]]
+        counts = batch["x"].double()
+        x += counts.sum(0)
+        x_square += counts.square().sum(0)
+        library_x += batch["library"].double() @ counts
+    library = dataset.library[rows].double()
+    return DataMoments(library, dataset.conditions[rows], x, x_square, library_x)

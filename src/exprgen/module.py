@@ -1,0 +1,176 @@
+r"""A space and a density, trained as one: the evidence lower bound and its importance weighting.
+
+.. math::
+    \log p(x|c) \ge \mathbb E_q \log \frac1K \sum_{k=1}^K
+    \frac{p(x \mid y_k, c)\, p(y_k \mid c)}{q(y_k \mid x, c)}, \qquad y_k \sim q(y \mid x, c).
+
+K = 1 is the evidence lower bound (ELBO) that training maximises :cite:p:`kingma2014`; the bound
+tightens as K grows :cite:p:`burda2016`. The module knows tensors only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from torch import Tensor
+
+from exprgen.densities import ConditionalDensity
+from exprgen.densities._base import gaussian_entropy
+from exprgen.spaces import LatentSpace
+
+__all__ = ["ExpressionModule"]
+
+
+class ExpressionModule(BaseModuleClass):
+    """p(x | c) from a space and a conditional density of its y.
+
+    Parameters
+    ----------
+    space
+        Encodes expression to y and decodes y to a likelihood.
+    density
+        p(y | c).
+    """
+
+    def __init__(self, space: LatentSpace, density: ConditionalDensity) -> None:
+        super().__init__()
+        self.space = space
+        self.density = density
+        # Filled from the training split, once; kept with the weights.
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    # The four steps of scvi-tools' contract ------------------------------------------------
+
+    def _get_inference_input(
+        self, tensors: dict[str, Tensor], full_forward_pass: bool = True
+    ) -> dict[str, Tensor]:
+        return {key: tensors[key] for key in ("x", "c", "library")}
+
+    @auto_move_data
+    def inference(
+        self, x: Tensor, c: Tensor, library: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Posterior of y and one draw of it, each ``(n_obs, n_dims)``."""
+        mean, sd = self.space.encode(x, c, library)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return {"mean": mean, "sd": sd, "y": mean + sd * noise}
+
+    def _get_generative_input(
+        self, tensors: dict[str, Tensor], inference_outputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {"y": inference_outputs["y"], "c": tensors["c"]}
+
+    @auto_move_data
+    def generative(
+        self, y: Tensor, c: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Location of the likelihood, ``(n_obs, n_vars)``."""
+        donors = self.space.donors
+        effect = None if donors is None else donors(self.space.features.donor(c), generator)
+        return {"location": self.space.decode(y, c, effect)}
+
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Tensor],
+        generative_outputs: dict[str, Tensor],
+        *,
+        kl_weight: float = 1.0,
+        n_obs_training: int = 1,
+    ) -> LossOutput:
+        """Negative ELBO, nats per cell; the KL term weighted by ``kl_weight`` while warming up.
+
+        The donors' KL divergence belongs to the whole training set of ``n_obs_training`` cells.
+        """
+        features = self.space.features.conditions(tensors["c"])
+        reconstruction = -self.space.likelihood.log_prob(
+            tensors["x"], generative_outputs["location"]
+        )
+        kl = self.density.kl(**inference_outputs, features=features)
+        loss = (reconstruction + kl_weight * kl).mean()
+        if self.space.donors is not None:
+            loss = loss + kl_weight * self.space.donors.kl() / n_obs_training
+        return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
+
+    # What a trained module answers ---------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        c: Tensor,
+        generator: torch.Generator,
+        *,
+        log_depth: Tensor | None = None,
+        effect: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw y and the location of the likelihood from p(· | c).
+
+        Parameters
+        ----------
+        c
+            Encoded conditions, ``(n_obs, width)``.
+        generator
+            CPU generator of all noise.
+        log_depth
+            Fixed log depth, ``(n_obs,)``; drawn jointly with z where ``None``.
+        effect
+            Donors' log factors, ``(n_obs, n_vars)``.
+
+        Returns
+        -------
+        y ``(n_obs, n_dims)`` and location ``(n_obs, n_vars)``.
+        """
+        last = None
+        if log_depth is not None:
+            last = self.space.depth.standardise(log_depth, self.space.depth_offset(c))
+        y = self.density.sample(self.space.features.conditions(c), generator, last)
+        return y, self.space.decode(y, c, effect)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        c: Tensor,
+        library: Tensor,
+        *,
+        n_samples: int,
+        generator: torch.Generator,
+        given_depth: bool = False,
+    ) -> Tensor:
+        """Importance-weighted *bound* on log p(x | c), ``(n_obs,)``, nats per cell, in float64.
+
+        Where depth is a size factor the density of depth is divided out: log p(x | depth, c).
+        So it is with ``given_depth``, at the observed total, to compare with models that are
+        defined given depth only. Donors enter at their posterior mean.
+        """
+        space, features = self.space, self.space.features.conditions(c)
+        mean, sd = space.encode(x, c, library)
+        conditional = given_depth or space.depth.observed
+        if conditional:
+            log_depth = library.clamp(min=0.5).log()
+            mean[:, -1] = space.depth.standardise(log_depth, space.depth_offset(c))
+            sd[:, -1] = 0
+        effect = space.known_effect(c)
+        total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+        entropy = gaussian_entropy(sd)
+        for _ in range(n_samples):
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            y = mean + sd * noise
+            # log q(y) = -entropy + (d - |noise|²)/2 over the inferred coordinates.
+            inferred = (sd > 0).double()
+            log_q = -entropy + 0.5 * (inferred * (1 - noise.double().square())).sum(-1)
+            log_p = space.likelihood.log_prob(x.double(), space.decode(y, c, effect).double())
+            weight = log_p + self.density.log_prob(y, features).double() - log_q
+            total = torch.logaddexp(total, weight)
+        value = total - math.log(n_samples)
+        if conditional:
+            value = value - self.density.log_prob_last(mean[:, -1], features).double()
+        return value
+
+    @torch.no_grad()
+    def represent(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of q(z | x, c), both ``(n_obs, n_latent)``."""
+        mean, sd = self.space.encode(x, c, library)
+        return mean[:, :-1], sd[:, :-1]

@@ -1,0 +1,104 @@
+r"""Donors as a random effect: one factor per donor and gene, shrunk to 1.
+
+Donor d multiplies the mean of gene g by :math:`e^{u_{dg}}`, with
+:math:`u_{dg} \sim \mathcal N(0, \tau_g^2)`. The posterior of u is a Gaussian per donor and gene,
+learned with the rest; the variance is the closed-form update of empirical Bayes, moderated over
+genes as limma does :cite:p:`smyth2004`: with D donors,
+
+.. math::
+    \tau_g^2 = \frac{\nu_0 s_0^2 + \sum_d (m_{dg}^2 + s_{dg}^2)}{\nu_0 + D},
+    \qquad s_0^2 = \text{mean over genes of } \tfrac1D\sum_d (m_{dg}^2 + s_{dg}^2).
+
+A new donor's effect is a Student t with :math:`D - 1 + \nu_0` degrees of freedom and squared scale
+:math:`(1 + 1/D)\,\tau_g^2`: few donors say little about the next one (with four, a 90 % interval
+spans ±1.9 scales by moderation, ±2.4 without). The factor stands outside
+the softmax, so that its share of a gene's variance has a closed form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DonorEffect"]
+
+# Degrees of freedom that the genes' common variance is worth.
+_PRIOR_DOF = 4.0
+
+
+class DonorEffect(nn.Module):
+    """Random effects of donors on the log mean.
+
+    Parameters
+    ----------
+    n_donors, n_vars
+        Donors in training, genes.
+    """
+
+    def __init__(self, n_donors: int, n_vars: int) -> None:
+        super().__init__()
+        self.n_donors = n_donors
+        self.posterior_mean = nn.Parameter(torch.zeros(n_donors, n_vars))
+        self.posterior_log_sd = nn.Parameter(torch.full((n_donors, n_vars), -3.0))
+
+    def variance(self) -> Tensor:
+        """Between-donor variance of the log mean, ``(n_vars,)``, moderated over genes."""
+        mean_square = (self.posterior_mean.square() + (2 * self.posterior_log_sd).exp()).mean(0)
+        pooled = mean_square.mean()
+        return (_PRIOR_DOF * pooled + self.n_donors * mean_square) / (_PRIOR_DOF + self.n_donors)
+
+    def new_donor_scale(self) -> Tensor:
+        """Scale of the t law of a new donor's log effect, ``(n_vars,)``."""
+        return (self.variance() * (1 + 1 / self.n_donors)).sqrt()
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom of a new donor's t law."""
+        return self.n_donors - 1 + _PRIOR_DOF
+
+    def law(self, donor: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor."""
+        if donor >= 0:
+            return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
+        variance = self.new_donor_scale().square() * self.dof / (self.dof - 2)
+        return torch.zeros_like(variance), variance
+
+    def kl(self) -> Tensor:
+        """KL divergence of all donors' posteriors from the prior, a scalar, nats."""
+        prior_variance = self.variance().detach()
+        log_variance = 2 * self.posterior_log_sd
+        ratio = (self.posterior_mean.square() + log_variance.exp()) / prior_variance
+        return 0.5 * (ratio - 1 - log_variance + prior_variance.log()).sum()
+
+    def forward(self, donors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw every donor's effect once and give each cell its own, ``(n_obs, n_vars)``.
+
+        Cells of an unknown donor (-1) get 0.
+        """
+        noise = torch.randn(self.posterior_mean.shape, generator=generator)
+        effects = self.posterior_mean + self.posterior_log_sd.exp() * noise.to(self.posterior_mean)
+        effects = torch.cat([effects, effects.new_zeros(1, effects.shape[1])])
+        return effects[torch.where(donors < 0, self.n_donors, donors)]
+
+    def known(self, donors: Tensor) -> Tensor:
+        """Posterior mean of each cell's donor effect, ``(n_obs, n_vars)``; 0 if unknown."""
+        effects = self.posterior_mean[donors.clamp(min=0)]
+        return torch.where((donors >= 0).unsqueeze(1), effects, torch.zeros_like(effects))
+
+    @torch.no_grad()
+    def draw(self, donor: int, n: int, generator: torch.Generator) -> Tensor:
+        """Draw one donor's effect n times, ``(n, n_vars)``; -1 is a new donor each time.
+
+        Gaussian with the law's mean and variance: a mean count has no finite moments under a t.
+        """
+        mean, variance = self.law(donor)
+        noise = torch.randn(n, len(mean), generator=generator).to(mean)
+        return mean + variance.sqrt() * noise
+
+    @torch.no_grad()
+    def draw_heavy(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw new donors' effects from the t law, ``(n, n_vars)``: for quantiles of means."""
+        scale = self.new_donor_scale()
+        noise = torch.randn(n, len(scale), generator=generator)
+        gamma = torch._standard_gamma(torch.full((n, 1), self.dof / 2), generator=generator)
+        return scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)

@@ -1,0 +1,290 @@
+"""Training: the plan (what a step does), the data (which cells a step sees), the best weights.
+
+The plan follows scvi-tools' :class:`~scvi.train.TrainingPlan` with what count models were
+measured to need: AdamW whose rates differ by role (the dispersion and the density converge too
+slowly at the networks' rate), one cycle of the learning rate, a KL warm-up that is a fraction of
+the run, validation with fixed noise, and sums that are logged once per epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from scvi.train import TrainingPlan
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
+
+from exprgen._errors import TrainingDivergedError
+from exprgen._random import generator
+from exprgen.module import ExpressionModule
+
+__all__ = [
+    "MONITOR",
+    "CellDataModule",
+    "CellDataset",
+    "GenerativeTrainingPlan",
+    "KeepBestWeights",
+    "default_max_epochs",
+]
+
+MONITOR = "elbo_validation"
+"""The quantity that early stopping and the choice of the best weights watch (lower is better)."""
+
+
+def default_max_epochs(n_train: int, batch_size: int) -> int:
+    """Epochs of a run: about 1,200 steps, but 30 to 100 passes over the cells."""
+    n_steps = math.ceil(n_train / batch_size)
+    return min(max(math.ceil(1200 / n_steps), 30), 100)
+
+
+class CellDataset(Dataset):
+    """Batches of cells by their row numbers, read from any matrix form.
+
+    Parameters
+    ----------
+    reader
+        Has ``rows(index) -> (n, n_vars) float32`` and ``shape``.
+    conditions
+        Encoded conditions, ``(n_obs, width)`` float32.
+    library
+        Totals of the counts, or the size factors, ``(n_obs,)``.
+    """
+
+    def __init__(self, reader: Any, conditions: np.ndarray, library: np.ndarray) -> None:
+        self.reader = reader
+        self.conditions = torch.from_numpy(np.ascontiguousarray(conditions, dtype=np.float32))
+        self.library = torch.from_numpy(np.ascontiguousarray(library, dtype=np.float32))
+
+    def __len__(self) -> int:
+        return len(self.library)
+
+    def __getitem__(self, index: list[int] | np.ndarray) -> dict[str, Tensor]:
+        rows = np.asarray(index)
+        return {
+            "x": torch.from_numpy(self.reader.rows(rows)),
+            "c": self.conditions[rows],
+            "library": self.library[rows],
+        }
+
+
+class CellDataModule(LightningDataModule):
+    """Training and validation batches over one fixed split.
+
+    Parameters
+    ----------
+    dataset
+        All cells.
+    train_idx, val_idx
+        Row numbers of the training and the validation cells.
+    batch_size
+        Cells per step.
+    """
+
+    def __init__(
+        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray, batch_size: int
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.train_idx = train_idx
+        self.val_idx = val_idx
+        self.test_idx = np.setdiff1d(np.arange(len(dataset)), np.r_[train_idx, val_idx])
+        self.batch_size = batch_size
+
+    @property
+    def n_train(self) -> int:
+        """Number of training cells."""
+        return len(self.train_idx)
+
+    @property
+    def n_val(self) -> int:
+        """Number of validation cells."""
+        return len(self.val_idx)
+
+    def _loader(self, rows: Iterable[int]) -> DataLoader:
+        batches = BatchSampler(rows, self.batch_size, drop_last=False)
+        # Without a batch size of its own the loader hands whole batches of rows to the dataset.
+        return DataLoader(self.dataset, sampler=batches, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of training cells."""
+        return self._loader(SubsetRandomSampler(self.train_idx.tolist()))
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches of validation cells in a fixed order."""
+        return self._loader(self.val_idx.tolist()) if self.n_val else []
+
+
+class KeepBestWeights(Callback):
+    """Remember the weights of the best validation epoch and put them back at the end."""
+
+    def __init__(self) -> None:
+        self.best = math.inf
+        self.best_epoch: int | None = None
+        self._weights: dict[str, Tensor] | None = None
+
+    def restore(self, module: torch.nn.Module) -> bool:
+        """Load the best weights, if there are any; say whether there were."""
+        if self._weights is not None:
+            module.load_state_dict(self._weights)
+        return self._weights is not None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep this epoch's weights if its validation is the best so far.
+
+        This hook runs after the validation loop. Without validation the last epoch is the best.
+        """
+        value = float(trainer.callback_metrics.get(MONITOR, -trainer.current_epoch))
+        if value < self.best:
+            self.best, self.best_epoch = value, trainer.current_epoch
+            state = pl_module.module.state_dict()
+            self._weights = {name: tensor.clone() for name, tensor in state.items()}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the best weights back."""
+        self.restore(pl_module.module)
+
+
+class GenerativeTrainingPlan(TrainingPlan):
+    """One stage of training a density and its space together.
+
+    Parameters
+    ----------
+    module
+        The module to train.
+    n_obs_training
+        Training cells, for the terms of the loss that belong to all of them.
+    lr
+        Largest learning rate of the networks.
+    density_lr_factor, dispersion_lr_factor
+        Rates of the density and of the likelihood's own parameters, as multiples of ``lr``.
+    weight_decay
+        AdamW's, on weight matrices of the networks only.
+    kl_warmup
+        Fraction of the steps over which the weight of the KL term grows from 0 to 1.
+    lr_warmup
+        Fraction of the steps over which the learning rate grows to ``lr``, before it falls to 0.
+    seed
+        Of the fixed validation noise.
+    """
+
+    module: ExpressionModule
+
+    def __init__(
+        self,
+        module: ExpressionModule,
+        *,
+        n_obs_training: int,
+        lr: float = 2e-3,
+        density_lr_factor: float = 5.0,
+        dispersion_lr_factor: float = 20.0,
+        weight_decay: float = 1e-4,
+        kl_warmup: float = 0.2,
+        lr_warmup: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        self.kl_warmup = kl_warmup
+        super().__init__(module, optimizer="AdamW", lr=lr, eps=1e-8, weight_decay=weight_decay)
+        self.n_cells = n_obs_training
+        self.density_lr_factor = density_lr_factor
+        self.dispersion_lr_factor = dispersion_lr_factor
+        self.lr_warmup = lr_warmup
+        self.seed = seed
+        self.last_loss = torch.tensor(math.nan)
+        self._sums = {"train": torch.zeros(3), "validation": torch.zeros(3)}
+        self._n_obs = {"train": 0, "validation": 0}
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL term at this step."""
+        if self._trainer is None or self.kl_warmup == 0:
+            return 1.0
+        n_steps = self.kl_warmup * self.trainer.estimated_stepping_batches
+        return min(1.0, (self.trainer.global_step + 1) / n_steps)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch; a loss that is not finite stops the training and says where."""
+        losses = {"kl_weight": self.kl_weight, "n_obs_training": self.n_cells}
+        _, _, output = self.module(batch, loss_kwargs=losses)
+        if not torch.isfinite(output.loss):
+            raise TrainingDivergedError(
+                f"The training loss became {float(output.loss)} at epoch {self.current_epoch}, "
+                f"step {self.global_step} (last finite loss {float(self.last_loss):.4g}, learning "
+                f"rate {self.optimizers().param_groups[0]['lr']:.2g}). Train with a smaller "
+                'learning rate, e.g. plan_kwargs={"lr": ' + f"{self.lr / 10:.2g}" + "}."
+            )
+        self.last_loss = output.loss.detach()
+        self._add("train", output)
+        return output.loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """ELBO of a validation batch at full KL weight, with noise fixed by the batch number."""
+        noise = generator(self.seed, batch_idx)
+        _, _, output = self.module(
+            batch,
+            inference_kwargs={"generator": noise},
+            generative_kwargs={"generator": noise},
+            loss_kwargs={"n_obs_training": self.n_cells},
+        )
+        self._add("validation", output)
+
+    def _add(self, mode: str, output: Any) -> None:
+        n_obs = output.n_obs_minibatch
+        terms = output.loss.detach() * n_obs, output.reconstruction_loss_sum, output.kl_local_sum
+        self._sums[mode] = self._sums[mode] + torch.stack(terms).detach().cpu()
+        self._n_obs[mode] += n_obs
+
+    def _log_epoch(self, mode: str) -> None:
+        """Log means per cell under scvi-tools' names; ``elbo`` is the negative ELBO, as there."""
+        if self._n_obs[mode] == 0:
+            return
+        loss, reconstruction, kl = (self._sums[mode] / self._n_obs[mode]).tolist()
+        name = {"train": "train_loss", "validation": "validation_loss"}[mode]
+        self.log(name, loss, prog_bar=mode == "train")
+        self.log(f"elbo_{mode}", reconstruction + kl)
+        self.log(f"reconstruction_loss_{mode}", reconstruction)
+        self.log(f"kl_local_{mode}", kl)
+        self._sums[mode], self._n_obs[mode] = torch.zeros(3), 0
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch."""
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch."""
+        self._log_epoch("validation")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with rates by role, over one cycle of the learning rate."""
+        likelihood = [p for p in self.module.space.likelihood.parameters() if p.requires_grad]
+        density = list(self.module.density.parameters())
+        special = {id(p) for p in [*likelihood, *density]}
+        networks = [p for p in self.module.parameters() if id(p) not in special]
+        # Decay shrinks weight matrices; biases, norms and random effects have their own scale.
+        decayed = {id(p) for n, p in self.module.named_parameters() if n.endswith(".weight")}
+        decayed = {i for i in decayed if i not in special}
+        groups = [
+            {"params": [p for p in networks if id(p) in decayed], "lr": self.lr},
+            {"params": [p for p in networks if id(p) not in decayed], "weight_decay": 0.0},
+            {"params": density, "lr": self.lr * self.density_lr_factor, "weight_decay": 0.0},
+            {"params": likelihood, "lr": self.lr * self.dispersion_lr_factor, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay
+        )
+        n_steps = max(int(self.trainer.estimated_stepping_batches), 2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=n_steps + 1,
+            pct_start=self.lr_warmup,
+            cycle_momentum=False,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
