@@ -215,12 +215,14 @@ class GenerateMixin:
     ) -> dict[str, Any]:
         """The cells' conditions with those in ``to`` replaced, as a mapping to ask with."""
         if not to:
-            raise ValueError("to must name at least one condition to change.")
+            raise ValueError(f"to must name a condition to change: {self.schema.condition_keys}.")
         self.schema.parse(to, argument="to")
-        conditions: dict[str, Any] = {key: source[key].to_numpy() for key in source}
-        if embedding is not None:
-            conditions[self.schema.embedding_key] = embedding
-        conditions |= dict(to)
+        key = self.schema.embedding_key
+        columns = {name: value for name, value in to.items() if name != key}
+        table = source.assign(**columns)
+        conditions: dict[str, Any] = {name: table[name].to_numpy() for name in table}
+        if key is not None:
+            conditions[key] = np.broadcast_to(to.get(key, embedding), embedding.shape)
         return conditions
 
     def _synthetic(

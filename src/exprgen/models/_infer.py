@@ -151,7 +151,7 @@ class InferMixin:
                 "holds what these do not explain. Train without conditions for an unsupervised "
                 "embedding.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,  # beyond torch.no_grad's wrapper
             )
         cells = self._cells(adata, indices, unseen=unseen)
         _check_writable(cells.adata, indices, key_added)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -117,7 +119,7 @@ class TrainMixin:
             return
         data = CellDataModule(dataset, train_idx, val_idx, batch_size)
         keep_best = KeepBestWeights()
-        with isolated(self.seed_):
+        with isolated(self.seed_), _quiet_lightning():
             if not self.module.initialized:
                 self.module.space.initialize(_moments(dataset, train_idx))
                 self.module.initialized.fill_(True)
@@ -136,6 +138,7 @@ class TrainMixin:
                 early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 4),
                 check_val_every_n_epoch=1 if len(val_idx) else None,
                 enable_progress_bar=progress_bar,
+                log_every_n_steps=1,
                 gradient_clip_val=trainer_kwargs.pop("gradient_clip_val", 10.0),
                 callbacks=[keep_best, *trainer_kwargs.pop("callbacks", [])],
                 **trainer_kwargs,
@@ -203,6 +206,18 @@ class TrainMixin:
         n_validation = math.floor(n_obs * validation_size + 1e-9)
         n_train = min(math.ceil(n_obs * train_size - 1e-9), n_obs - n_validation)
         return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Leave out what Lightning says about devices and products; its warnings stay."""
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = rank_zero.level
+    rank_zero.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        rank_zero.setLevel(level)
 
 
 def _checked(kwargs: dict[str, Any] | None, argument: str, owner: type) -> dict[str, Any]:
