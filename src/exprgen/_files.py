@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,6 +270,8 @@ def _sync(path: Path) -> None:
 
 def _load(file: Path, map_location: str | torch.device) -> dict[str, Any]:
     """Read tensors and plain types, and nothing else."""
+    if not zipfile.is_zipfile(file):  # a bare pickle is one too many ways to read a file
+        raise UntrustedFileError(f"{file} is no archive of tensors, and was not read.")
     try:
         return from_plain(torch.load(file, map_location=map_location, weights_only=True))
     except pickle.UnpicklingError as error:

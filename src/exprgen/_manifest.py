@@ -1,8 +1,8 @@
 """The manifest of a model folder: what the model is, and sums to verify every file by.
 
-Plain JSON: ``class`` and whatever else the model says of itself, ``format_version``, ``created``,
-``versions`` of the packages that matter, ``files`` with size and SHA-256 of each, and ``checksum``,
-the SHA-256 of all of that.
+Plain JSON: ``class`` and whatever else the model says of itself; ``format_version``, ``created``,
+``versions`` of the packages that matter; ``files`` with the size and SHA-256 of each; and
+``checksum``, the SHA-256 of all of that.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def is_name(name: str) -> bool:
 
 
 def describe(file: Path) -> dict[str, Any]:
+    """Describe a file, for the manifest."""
     with file.open("rb") as handle:
-        return {"sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
-                "size": file.stat().st_size}  # fmt: skip
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": sha256}
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
