@@ -41,10 +41,11 @@ def resolve_seed(seed: int | None) -> int:
     return int(seed)
 
 
-def generator(*key: int) -> torch.Generator:
-    """CPU generator whose stream depends on ``key`` alone, such as (seed, purpose, block)."""
-    state = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+def generator(seed: int, *key: int) -> torch.Generator:
+    """CPU generator whose stream depends on ``seed`` and ``key``, such as (purpose, block)."""
+    # A spawn key, for plain entropy is padded with zeros: (0, 1) would be the same as (0, 1, 0).
+    sequence = np.random.SeedSequence(int(seed), spawn_key=[int(k) for k in key])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
