@@ -8,7 +8,7 @@ the embedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,16 @@ from pandas.api.types import is_list_like
 from exprgen._errors import SetupError, closest, name_some
 from exprgen._quantities import Embedding
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 __all__ = [
     "SUMMARY",
     "check_roles",
     "column",
     "key_list",
     "read_table",
+    "refuse_lazy",
 ]
 
 SUMMARY = ("min", "median", "max")
@@ -115,6 +119,7 @@ def read_table(
             given = {key: conditions[key] for key in keys if key in conditions}
             table, embedding = _broadcast(given, embedding, argument)
     elif hasattr(conditions, "obs") and hasattr(conditions, "obsm"):
+        refuse_lazy(conditions)
         table = conditions.obs
         if embedding_key in conditions.obsm:
             embedding = conditions.obsm[embedding_key]
@@ -128,6 +133,18 @@ def read_table(
         where = f"{argument}[{embedding_key!r}]"
         embedding = Embedding.values(embedding, table.index, where)
     return pd.DataFrame(given, table.index), embedding
+
+
+def refuse_lazy(adata: AnnData) -> None:
+    """Refuse an AnnData whose ``obs`` is no table in memory.
+
+    Raises
+    ------
+    SetupError
+        Saying how to read it.
+    """
+    if not isinstance(adata.obs, pd.DataFrame):
+        raise SetupError("adata is read lazily. Bring it into memory: adata = adata.to_memory().")
 
 
 def _refuse_unknown(given: Iterable[object], known: Sequence[str], argument: str) -> None:

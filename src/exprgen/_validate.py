@@ -30,6 +30,7 @@ from exprgen._errors import (
     name_some,
 )
 from exprgen._matrix import scan
+from exprgen._tables import key_list, refuse_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,10 +66,13 @@ def check_anndata(adata: object, *, method: str = "setup_anndata") -> None:
     ------
     TypeError
         For a table, a MuData, a path, anything else.
+    SetupError
+        For an AnnData that is read lazily.
     """
     from anndata import AnnData
 
     if isinstance(adata, AnnData):
+        refuse_lazy(adata)
         return
     if isinstance(adata, (str, PathLike)):
         advice = "Read it first: anndata.read_h5ad(path)."
@@ -90,7 +94,10 @@ def matrix_of(adata: AnnData, layer: str | None) -> Any:
         If there is no such layer.
     SetupError
         If ``layer`` is None and there is no ``X``.
+    TypeError
+        If ``layer`` is no str.
     """
+    key_list(layer, "layer", many=False)
     if layer is None:
         if adata.X is None:
             raise SetupError(
@@ -113,8 +120,10 @@ def embedding_of(adata: AnnData, key: str | None) -> tuple[str, np.ndarray] | No
     ------
     KeyError
         If there is no such key.
+    TypeError
+        If it is no str.
     """
-    if key is None:
+    if not key_list(key, "condition_embedding_key", many=False):
         return None
     if key not in adata.obsm:
         raise KeyError(
@@ -170,8 +179,9 @@ def check_setup_data(
     check_anndata(adata)
     _check_container(adata)
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    matrix = matrix_of(adata, layer)
     try:
-        summary = scan(matrix_of(adata, layer))
+        summary = scan(matrix)
     except TypeError as error:
         raise SetupError(f"{where}: {error} Bring the data into memory: .to_memory().") from error
     if adata.n_obs < minimum_cells:
@@ -221,8 +231,6 @@ def _check_container(adata: AnnData) -> None:
             "adata is a view of another AnnData, and setup writes to it. Set up a copy: "
             "adata = adata.copy()."
         )
-    if not isinstance(adata.obs, pd.DataFrame):
-        raise SetupError("adata is read lazily. Bring it into memory: adata = adata.to_memory().")
     if 0 in adata.shape:
         raise SetupError(f"adata is empty: shape {adata.shape}, cells x genes.")
     if not adata.var_names.is_unique:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exprgen._errors import CovariateError, closest, name_some
 from exprgen._matrix import as_reader
+from exprgen._tables import key_list
 
 __all__ = ["Cells", "GeneReader", "cell_keys", "library_of", "split_labels"]
 
@@ -78,12 +79,12 @@ def library_of(adata: AnnData, size_factor_key: str | None, totals: np.ndarray) 
 
     Raises
     ------
-    KeyError
-        If the column is missing.
+    TypeError, KeyError
+        If the key is no str, or the column missing.
     CovariateError
         If a size factor is not a positive, finite number.
     """
-    if size_factor_key is None:
+    if not key_list(size_factor_key, "size_factor_key", many=False):
         return np.asarray(totals, dtype=np.float64)
     if size_factor_key not in adata.obs:
         raise KeyError(

@@ -9,6 +9,7 @@ edit after setup is noticed.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data.fields import BaseAnnDataField, LayerField
 
 from exprgen._conditions import ConditionSchema
-from exprgen._errors import CovariateError, name_some
+from exprgen._errors import CovariateError, DataQualityWarning, name_some
 
 __all__ = ["CONDITIONS_KEY", "ConditionField", "expression_field"]
 
@@ -99,16 +100,21 @@ def condition_digests(schema: ConditionSchema, adata: AnnData) -> dict[str, str]
 
 def check_unchanged(schema: ConditionSchema, digests: dict[str, str], adata: AnnData) -> None:
     """Refuse cells whose conditions were edited after setup."""
-    now = condition_digests(schema, adata)
+    remedy = "Run setup_anndata again and create a new model, or restore the values."
+    try:
+        now = condition_digests(schema, adata)
+    except CovariateError as error:
+        what = f"Conditions changed since setup_anndata: {error}"
+        raise CovariateError(f"{what} {remedy}") from error
     changed = [key for key in now if now[key] != digests[key]]
     if changed:
-        raise CovariateError(
-            f"{name_some(changed)} changed since setup_anndata. Run setup_anndata again and "
-            "create a new model, or restore the values."
-        )
+        raise CovariateError(f"{name_some(changed)} changed since setup_anndata. {remedy}")
 
 
 def encode_cells(schema: ConditionSchema, adata: AnnData, *, unseen: str = "error") -> np.ndarray:
     """Encoded conditions of an AnnData's cells, ``(n_obs, width)``, range not checked."""
     table, embedding = schema.parse(adata, argument="adata")
-    return schema.encode(table, embedding, unseen=unseen, on_extrapolation="ignore")
+    with warnings.catch_warnings():
+        # Setup has warned of what these say.
+        warnings.simplefilter("ignore", DataQualityWarning)
+        return schema.encode(table, embedding, unseen=unseen, on_extrapolation="ignore")
