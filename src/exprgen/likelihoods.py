@@ -4,12 +4,21 @@ The negative binomial with mean :math:`\mu` and inverse dispersion :math:`\theta
 :math:`\mu + \mu^2/\theta`) is written in :math:`s = \log\mu - \log\theta`:
 
 .. math::
-    \log p(x) = x s - (\theta + x)\,\mathrm{softplus}(s)
+    \log p(x) = -\theta\,\mathrm{softplus}(s) + x\,(s - \mathrm{softplus}(s))
                 + \log\Gamma(x+\theta) - \log\Gamma(\theta) - \log\Gamma(x+1).
 
-Every gamma term vanishes where the count is 0, so that log-gammas (and digammas in the gradient)
-are evaluated on the non-zero counts only, about one in ten of a droplet experiment; the form is
-exact, and stays finite for any :math:`\theta`.
+All but the first term vanish where the count is 0, so they are evaluated on the non-zero counts
+only, about one in ten of a droplet experiment; the form is exact, and stays finite for any
+:math:`\theta`.
+
+Droplet data hold isolated counts that no dispersion explains: a gene seen at most twice in any
+cell, and 40 times in one. A negative binomial answers such a count with a tiny :math:`\theta`, and
+then every other cell is drawn too dispersed. The *contaminated* negative binomial gives them a
+component of their own, the same for all genes and cells, as Tukey's contaminated normal does:
+
+.. math::
+    p(x) = (1-\varepsilon)\,\mathrm{NB}(x; \mu, \theta)
+           + \varepsilon\,(1-q)\,q^{x-1}\,[x \ge 1].
 """
 
 from __future__ import annotations
@@ -20,57 +29,21 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["Likelihood", "NegativeBinomial", "draw_negative_binomial", "negative_binomial_log_prob"]
+__all__ = [
+    "ContaminatedNegativeBinomial",
+    "Likelihood",
+    "NegativeBinomial",
+    "draw_negative_binomial",
+    "negative_binomial_log_prob",
+]
 
 # Above this mean, inverting the distribution function term by term is slower than drawing a
 # gamma and a Poisson number.
 _INVERSION_MAX_MEAN = 16.0
 # The recursion of the probabilities stops here; the far tail is inverted by scipy.
 _INVERSION_MAX_COUNT = 63
-
-
-class _NegativeBinomialLogProb(torch.autograd.Function):
-    """Log-probability summed over genes, with the analytic gradient.
-
-    With ``s = log_mean - log_dispersion`` and σ the logistic function, the derivatives are
-    ``x - (θ + x) σ(s)`` by ``s`` and, at fixed ``log_mean``, minus that plus
-    ``θ (digamma(x + θ) - digamma(θ) - softplus(s))`` by ``log_dispersion``.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-        s = log_mean - log_dispersion
-        theta = log_dispersion.exp()
-        log1p_ratio = softplus(s)
-        value = (x * s - (theta + x) * log1p_ratio).sum(-1)
-        rows, genes = x.nonzero(as_tuple=True)
-        counts = x[rows, genes]
-        theta_nz = theta[genes] if theta.dim() == 1 else theta[rows, genes]
-        gammas = (
-            torch.lgamma(counts + theta_nz) - torch.lgamma(theta_nz) - torch.lgamma(counts + 1)
-        )
-        value = value.index_add(0, rows, gammas)
-        ctx.save_for_backward(x, s, theta, log1p_ratio, rows, genes)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
-        x, s, theta, log1p_ratio, rows, genes = ctx.saved_tensors
-        weight = grad.unsqueeze(-1)
-        by_log_mean = x - (theta + x) * torch.sigmoid(s)
-        by_log_mean *= weight
-        if not ctx.needs_input_grad[2]:
-            return None, by_log_mean, None
-        counts = x[rows, genes]
-        theta_nz = theta[genes] if theta.dim() == 1 else theta[rows, genes]
-        digammas = (torch.digamma(counts + theta_nz) - torch.digamma(theta_nz)) * grad[rows]
-        if theta.dim() == 1:
-            by_theta = (-(weight * log1p_ratio).sum(0)).index_add(0, genes, digammas)
-            return None, by_log_mean, theta * by_theta - by_log_mean.sum(0)
-        by_theta = (-weight * log1p_ratio).index_put((rows, genes), digammas, accumulate=True)
-        return None, by_log_mean, theta * by_theta - by_log_mean
 
 
 def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
@@ -90,11 +63,37 @@ def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tens
     ``(n_obs,)``, nats per cell, in the precision of the arguments: held-out likelihoods want
     float64, for in float32 the gamma terms lose digits at large θ.
     """
-    return _NegativeBinomialLogProb.apply(x, log_mean, log_dispersion)
+    at_zero = _log_prob_at_zero(log_mean, log_dispersion)
+    rows, _, nonzero = _at_nonzero(x, log_mean, log_dispersion)
+    return at_zero.sum(-1).index_add(0, rows, nonzero)
+
+
+def _log_prob_at_zero(log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+    return -log_dispersion.exp() * softplus(log_mean - log_dispersion)
+
+
+def _at_nonzero(
+    x: Tensor, log_mean: Tensor, log_dispersion: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """What non-zero counts add to the log-probability of a zero: rows, (counts, log p(0)), terms.
+
+    All are ``(n_nonzero,)``.
+    """
+    rows, genes = x.nonzero(as_tuple=True)
+    counts = x[rows, genes]
+    log_theta = log_dispersion.expand_as(log_mean)[rows, genes]
+    theta, s = log_theta.exp(), log_mean[rows, genes] - log_theta
+    log1p_ratio = softplus(s)
+    terms = counts * (s - log1p_ratio) + torch.lgamma(counts + theta)
+    terms = terms - torch.lgamma(theta) - torch.lgamma(counts + 1)
+    return rows, (counts, -theta * log1p_ratio), terms
 
 
 def draw_negative_binomial(
-    log_mean: Tensor, log_dispersion: Tensor, generator: torch.Generator
+    log_mean: Tensor,
+    log_dispersion: Tensor,
+    generator: torch.Generator,
+    uniform: Tensor | None = None,
 ) -> Tensor:
     """Draw counts: inversion of the distribution function where the mean is small.
 
@@ -110,6 +109,8 @@ def draw_negative_binomial(
         ``(n_vars,)`` or ``(n_obs, n_vars)``.
     generator
         A CPU generator; the global one is not touched.
+    uniform
+        Numbers in [0, 1) to invert at, ``(n_obs, n_vars)`` float64; drawn where ``None``.
 
     Returns
     -------
@@ -117,10 +118,11 @@ def draw_negative_binomial(
     """
     log_dispersion = log_dispersion.expand_as(log_mean)
     s = log_mean - log_dispersion
-    log_p0 = -log_dispersion.exp() * softplus(s)
+    log_p0 = _log_prob_at_zero(log_mean, log_dispersion)
     counts = torch.zeros_like(log_mean, dtype=torch.float32)
     # Double precision: a float32 uniform number cannot reach quantiles beyond 1 - 6e-8.
-    uniform = torch.rand(log_mean.shape, generator=generator, dtype=torch.float64)
+    if uniform is None:
+        uniform = torch.rand(log_mean.shape, generator=generator, dtype=torch.float64)
     large = log_mean > np.log(_INVERSION_MAX_MEAN)
     todo = ((uniform > log_p0.exp()) & ~large).nonzero(as_tuple=True)
     counts[todo] = _invert(uniform[todo], s[todo].double(), log_dispersion[todo].double().exp())
@@ -171,8 +173,16 @@ class Likelihood(nn.Module, ABC):
         """Draw data, ``(n_obs, n_vars)``."""
 
     @abstractmethod
+    def signal(self, location: Tensor) -> Tensor:
+        """Part of the expected value that scales with depth, ``(n_obs, n_vars)``."""
+
+    def background(self) -> Tensor | float:
+        """Part of the expected value that does not, the same for all cells."""
+        return 0.0
+
     def mean(self, location: Tensor) -> Tensor:
         """Expected value, ``(n_obs, n_vars)``."""
+        return self.signal(location) + self.background()
 
     @abstractmethod
     def variance(self, location: Tensor) -> Tensor:
@@ -206,7 +216,7 @@ class NegativeBinomial(Likelihood):
             location.cpu(), self.log_dispersion.detach().cpu(), generator
         )
 
-    def mean(self, location: Tensor) -> Tensor:
+    def signal(self, location: Tensor) -> Tensor:
         """``exp(location)``, in counts."""
         return location.exp()
 
@@ -214,3 +224,77 @@ class NegativeBinomial(Likelihood):
         """``μ + μ²/θ``, in counts squared."""
         mean = location.exp()
         return mean + mean.square() * (-self.log_dispersion).exp()
+
+
+class ContaminatedNegativeBinomial(NegativeBinomial):
+    """Negative binomial counts of which a learned share are outliers; location = log mean.
+
+    Outliers are geometric from 1 up, with one rate and one mean for all genes and cells.
+
+    Parameters
+    ----------
+    n_vars
+        Number of genes.
+    """
+
+    def __init__(self, n_vars: int) -> None:
+        super().__init__(n_vars)
+        self.outlier_logit = nn.Parameter(torch.tensor(-8.0))
+        self.decay_logit = nn.Parameter(torch.tensor(2.0))
+
+    @property
+    def outlier_rate(self) -> Tensor:
+        """Share ε of all counts, zeros included, that are outliers."""
+        return torch.sigmoid(self.outlier_logit)
+
+    @property
+    def outlier_mean(self) -> Tensor:
+        """Mean of an outlier, in counts."""
+        return 1 / torch.sigmoid(-self.decay_logit)
+
+    def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
+        """Exact; nats per cell, in the precision of ``location``."""
+        log_dispersion = self.log_dispersion.to(location.dtype)
+        outlier_logit = self.outlier_logit.to(location.dtype)
+        decay_logit = self.decay_logit.to(location.dtype)
+        at_zero = _log_prob_at_zero(location, log_dispersion)
+        rows, (counts, from_zero), terms = _at_nonzero(
+            x.to(location.dtype), location, log_dispersion
+        )
+        log_clean = logsigmoid(-outlier_logit)
+        log_outlier = logsigmoid(outlier_logit) + logsigmoid(-decay_logit)
+        log_outlier = log_outlier + (counts - 1) * logsigmoid(decay_logit)
+        mixed = torch.logaddexp(log_clean + from_zero + terms, log_outlier)
+        total = at_zero.sum(-1) + x.shape[-1] * log_clean
+        return total.index_add(0, rows, mixed - from_zero - log_clean)
+
+    def draw(self, location: Tensor, generator: torch.Generator) -> Tensor:
+        """Integer counts as float32, on the CPU."""
+        rate = float(self.outlier_rate.detach())
+        # One uniform number decides on the outlier, and what is left of it on the count.
+        uniform = torch.rand(location.shape, generator=generator, dtype=torch.float64)
+        outliers = (uniform >= 1 - rate).nonzero(as_tuple=True)
+        uniform /= 1 - rate
+        uniform[outliers] = 0
+        counts = draw_negative_binomial(
+            location.cpu(), self.log_dispersion.detach().cpu(), generator, uniform
+        )
+        tail = torch.rand(len(outliers[0]), generator=generator, dtype=torch.float64)
+        log_decay = logsigmoid(self.decay_logit.detach().double()).cpu()
+        counts[outliers] = 1 + torch.floor(torch.log1p(-tail) / log_decay).float()
+        return counts
+
+    def signal(self, location: Tensor) -> Tensor:
+        """``(1 - ε) exp(location)``, in counts."""
+        return (1 - self.outlier_rate) * location.exp()
+
+    def background(self) -> Tensor:
+        """Mean count from outliers, of every gene in every cell."""
+        return self.outlier_rate * self.outlier_mean
+
+    def variance(self, location: Tensor) -> Tensor:
+        """Of the mixture, in counts squared."""
+        clean, rate, mean = super().variance(location), self.outlier_rate, self.outlier_mean
+        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
+        second = (1 - rate) * (clean + location.exp().square()) + rate * mean * (2 * mean - 1)
+        return second - self.mean(location).square()

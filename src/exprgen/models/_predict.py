@@ -241,7 +241,7 @@ class PredictMixin:
                 for code in codes:
                     decoded = c if code is None else space.features.with_batch(c, code)
                     location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
-                    expected = expected + space.likelihood.mean(location)[:, columns] / len(codes)
+                    expected = expected + space.likelihood.signal(location)[:, columns] / len(codes)
                 moments.add(expected)
             results["denoised"][part] = moments.mean.cpu().numpy()
             results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()

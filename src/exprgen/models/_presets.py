@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from anndata import AnnData
 
+from exprgen import _arguments
 from exprgen.densities import Mixture
-from exprgen.likelihoods import NegativeBinomial
+from exprgen.likelihoods import ContaminatedNegativeBinomial, NegativeBinomial
 from exprgen.models._base import GenerativeModel
 from exprgen.module import ExpressionModule
 from exprgen.spaces import LatentSpace
 
 __all__ = ["NBVAE"]
 
+_LIKELIHOODS = {"contaminated_nb": ContaminatedNegativeBinomial, "nb": NegativeBinomial}
+
 
 class NBVAE(GenerativeModel):
     """Variational autoencoder of counts with a learned conditional prior.
 
     Counts are negative binomial given a latent state z and the depth, which are drawn jointly from
-    a mixture of Gaussians that depends on the conditions :cite:p:`lopez2018`.
+    a mixture of Gaussians that depends on the conditions :cite:p:`lopez2018`. By default a learned
+    share of the counts are outliers, isolated large counts as droplet data have them; without that,
+    each one inflates the dispersion of its gene in all cells.
 
     Parameters
     ----------
@@ -37,6 +42,8 @@ class NBVAE(GenerativeModel):
         Share of hidden units left out in a training step.
     n_components
         Gaussians in the prior.
+    likelihood
+        ``"contaminated_nb"``, or ``"nb"`` without outliers.
 
     Examples
     --------
@@ -61,7 +68,9 @@ class NBVAE(GenerativeModel):
         n_layers: int = 1,
         dropout: float = 0.1,
         n_components: int = 10,
+        likelihood: Literal["contaminated_nb", "nb"] = "contaminated_nb",
     ) -> None:
+        _arguments.check_choice(likelihood, "likelihood", tuple(_LIKELIHOODS))
         super().__init__(adata, registry, seed=seed)
         self._set_module(
             {
@@ -70,18 +79,26 @@ class NBVAE(GenerativeModel):
                 "n_layers": n_layers,
                 "dropout": dropout,
                 "n_components": n_components,
+                "likelihood": likelihood,
             }
         )
         self.init_params_ = self._get_init_params(locals())
 
     def _build_module(
-        self, *, n_latent: int, n_hidden: int, n_layers: int, dropout: float, n_components: int
+        self,
+        *,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout: float,
+        n_components: int,
+        likelihood: str,
     ) -> ExpressionModule:
         n_vars = len(self.var_names)
         space = LatentSpace(
             n_vars,
             self.schema.layout,
-            NegativeBinomial(n_vars),
+            _LIKELIHOODS[likelihood](n_vars),
             n_latent=n_latent,
             n_hidden=n_hidden,
             n_layers=n_layers,

@@ -76,7 +76,8 @@ def predictive_of_cell(
 ) -> Predictive:
     """Law of one cell's counts from ``location`` ``(n_samples, n_vars)``, without donor effect."""
     likelihood, donors = module.space.likelihood, module.space.donors
-    expected = likelihood.mean(location).double()
+    # Depth and donors scale the signal; a background of outliers stays as it is.
+    expected = likelihood.signal(location).double()
     mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
     factor, donor_variance = 1.0, None
     if donors is not None:
@@ -87,7 +88,7 @@ def predictive_of_cell(
         latent = latent * second
         location = location + donors.draw(donor, len(location), generator).to(location)
     return Predictive(
-        mean=_array(mean * factor),
+        mean=_array(mean * factor + likelihood.background()),
         decoder=_array(likelihood.variance(location).double().mean(0)),
         latent=_array(latent),
         donor=donor_variance,
@@ -116,9 +117,9 @@ def predictive_of_mean(
             if donor >= 0
             else donors.draw_heavy(len(location), generator)
         )
-        centre = _array(module.space.likelihood.mean(location).double().mean(0)) * _array(
-            effect.double().exp()
-        )
+        likelihood = module.space.likelihood
+        signal = likelihood.signal(location).double().mean(0)
+        centre = _array(signal * effect.double().exp() + likelihood.background())
     draws = np.clip(centre + np.sqrt(within) * noise, 0, None)
     return Predictive(cell.mean, cell.decoder * share, cell.latent * share, cell.donor, draws)
 
