@@ -295,6 +295,7 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
     def variance(self, location: Tensor) -> Tensor:
         """Of the mixture, in counts squared."""
         clean, rate, mean = super().variance(location), self.outlier_rate, self.outlier_mean
-        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
-        second = (1 - rate) * (clean + location.exp().square()) + rate * mean * (2 * mean - 1)
-        return second - self.mean(location).square()
+        # Within the components (a geometric number from 1 up has m² - m), and between them: as a
+        # difference of squares it would lose its digits at large means.
+        within = (1 - rate) * clean + rate * mean * (mean - 1)
+        return within + rate * (1 - rate) * (location.exp() - mean).square()
