@@ -1,4 +1,4 @@
-"""The negative binomial: its probabilities are scipy's and mpmath's, its draws follow them."""
+"""Likelihoods of counts: probabilities are those of scipy and mpmath, draws follow them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from exprgen.likelihoods import (
+    ContaminatedNegativeBinomial,
     NegativeBinomial,
     _invert,
     draw_negative_binomial,
@@ -109,9 +110,10 @@ def test_gradient_is_that_of_finite_differences(per_cell):
     )
 
 
-def test_likelihood_computes_in_the_precision_of_the_location():
+@pytest.mark.parametrize("kind", [NegativeBinomial, ContaminatedNegativeBinomial])
+def test_likelihood_computes_in_the_precision_of_the_location(kind):
     x, log_mean, _ = _cells(per_cell=False)
-    likelihood = NegativeBinomial(x.shape[1])
+    likelihood = kind(x.shape[1])
     counts = torch.from_numpy(x).float()
     single = likelihood.log_prob(counts, torch.from_numpy(log_mean).float())
     double = likelihood.log_prob(counts, torch.from_numpy(log_mean))
@@ -202,3 +204,90 @@ def test_draws_depend_on_the_generator_alone():
     assert (first != other).any()
     assert torch.equal(before[0], torch.get_rng_state())
     np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+
+
+# Outliers --------------------------------------------------------------------------------
+
+RATE, OUTLIER_MEAN = 0.02, 12.0
+
+
+def _contaminated(thetas, *, rate=RATE, mean=OUTLIER_MEAN):
+    likelihood = ContaminatedNegativeBinomial(len(thetas)).double()
+    with torch.no_grad():
+        likelihood.log_dispersion.copy_(torch.tensor(thetas).log())
+        likelihood.outlier_logit.fill_(np.log(rate / (1 - rate)))
+        likelihood.decay_logit.fill_(np.log(mean - 1))
+    return likelihood.requires_grad_(False)
+
+
+def _mixture_pmf(x, mean, theta):
+    return (1 - RATE) * _law(mean, theta).pmf(x) + RATE * stats.geom(1 / OUTLIER_MEAN).pmf(x)
+
+
+def test_outliers_are_geometric_numbers_mixed_in():
+    x, log_mean, log_theta = _cells(per_cell=False)
+    likelihood = _contaminated(np.exp(log_theta))
+    assert float(likelihood.outlier_rate) == pytest.approx(RATE)
+    assert float(likelihood.outlier_mean) == pytest.approx(OUTLIER_MEAN)
+    clean = stats.nbinom.logpmf(x, np.exp(log_theta), 1 / (1 + np.exp(log_mean - log_theta)))
+    outlier = stats.geom(1 / OUTLIER_MEAN).logpmf(x)
+    expected = np.logaddexp(np.log1p(-RATE) + clean, np.log(RATE) + outlier).sum(1)
+    got = likelihood.log_prob(torch.from_numpy(x), torch.from_numpy(log_mean))
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_gradient_with_outliers_is_that_of_finite_differences():
+    x, log_mean, log_theta = _cells(per_cell=False, seed=2)
+    likelihood = _contaminated(np.exp(log_theta / 3)).requires_grad_(True)
+    counts = torch.from_numpy(x[:5] % 40)
+    names = [name for name, _ in likelihood.named_parameters()]
+
+    def value(location, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(
+            likelihood, given, (counts, location), strict=True, tie_weights=False
+        )
+
+    likelihood.forward = likelihood.log_prob
+    location = torch.from_numpy(log_mean[:5] / 3).requires_grad_()
+    assert torch.autograd.gradcheck(value, (location, *likelihood.parameters()))
+
+
+@pytest.mark.parametrize(("mean", "theta"), [(0.05, 1.0), (5.0, 0.5), (15.0, 1e4), (300.0, 3.0)])
+def test_draws_with_outliers_follow_the_law(mean, theta):
+    likelihood = _contaminated([theta] * 1000).float()
+    location = torch.full((N_DRAWS // 1000, 1000), float(np.log(mean)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = likelihood.draw(location, generator).numpy().ravel().astype(int)
+    pmf = _mixture_pmf(np.arange(20_000), mean, theta)
+    assert pmf.sum() == pytest.approx(1)
+    # Counts in order, in cells of 40 expected draws or more.
+    cell = np.floor(np.cumsum(pmf) * N_DRAWS / 40.000001).astype(int)
+    expected = np.bincount(cell, pmf) * N_DRAWS
+    observed = np.bincount(cell[drawn], minlength=len(expected))
+    kept = expected > 20
+    observed, expected = observed[kept], expected[kept]
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+    again = likelihood.draw(location, torch.Generator().manual_seed(0)).numpy().ravel()
+    np.testing.assert_array_equal(drawn, again)
+
+
+def test_moments_with_outliers_are_those_of_the_law():
+    means, thetas = np.array([0.05, 5.0, 15.0, 300.0]), np.array([1.0, 0.5, 1e4, 3.0])
+    likelihood = _contaminated(thetas)
+    location = torch.from_numpy(means).log()[None]
+    x = np.arange(40_000)[:, None]
+    pmf = _mixture_pmf(x, means, thetas)
+    mean = (pmf * x).sum(0)
+    np.testing.assert_allclose(likelihood.mean(location)[0], mean)
+    variance = (pmf * (x - mean) ** 2).sum(0)
+    np.testing.assert_allclose(likelihood.variance(location)[0], variance)
+    total = likelihood.signal(location) + likelihood.background()
+    torch.testing.assert_close(likelihood.mean(location), total)
+
+
+def test_variance_keeps_its_digits_at_large_means():
+    likelihood, location = _contaminated([1e8], rate=1e-6), torch.tensor([[1e6]]).log()
+    exact = likelihood.variance(location.double())
+    single = likelihood.float().variance(location)
+    torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=0)
