@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from exprgen.likelihoods import NegativeBinomial
+from exprgen.likelihoods import ContaminatedNegativeBinomial, NegativeBinomial
 from exprgen.models._statistics import (
     Moments,
     order_statistics,
@@ -29,9 +29,9 @@ def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def _module(n_donors=0):
+def _module(n_donors=0, kind=NegativeBinomial):
     """What the statistics read of a module: a likelihood, and donors of clear effects."""
-    likelihood, donors = NegativeBinomial(N_VARS), None
+    likelihood, donors = kind(N_VARS), None
     likelihood.log_dispersion.data = torch.from_numpy(THETA).log().float()
     if n_donors:
         donors = DonorEffect(n_donors, N_VARS)
@@ -75,6 +75,21 @@ def test_the_terms_of_the_variance_are_the_closed_ones(donor):
     np.testing.assert_allclose(law.draws.var(0), slots["std"] ** 2, rtol=0.1)
     np.testing.assert_allclose(law.draws.mean(0), mean, rtol=0.02)
     assert ("std_donor" in slots) == (donor is not None)
+
+
+@pytest.mark.parametrize("donor", [-1, 2])
+def test_outliers_add_a_background_that_donors_do_not_scale(donor):
+    module = _module(6, ContaminatedNegativeBinomial)
+    module.space.likelihood.outlier_logit.fill_(-3.0)
+    module.space.likelihood.decay_logit.fill_(1.5)
+    law = predictive_of_cell(module, _location(), donor, _generator(2))
+    slots = law.slots((), [])
+    np.testing.assert_allclose(law.draws.mean(0), slots["mean"], rtol=0.02)
+    np.testing.assert_allclose(law.draws.std(0), slots["std"], rtol=0.05)
+    clean = predictive_of_cell(_module(6), _location(), donor, _generator(2))
+    share = float(1 - module.space.likelihood.outlier_rate)
+    np.testing.assert_allclose(law.donor, clean.donor * share**2, rtol=1e-5)
+    np.testing.assert_allclose(law.latent, clean.latent * share**2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("donor", [-1, 2])
