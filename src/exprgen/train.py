@@ -212,7 +212,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         _, _, output = self.module(batch, loss_kwargs=losses)
         if not torch.isfinite(output.loss):
             raise TrainingDivergedError(
-                f"The training loss became {float(output.loss)} at epoch {self.current_epoch}, "
+                f"The training loss became {output.loss.item()} at epoch {self.current_epoch}, "
                 f"step {self.global_step} (last finite loss {float(self.last_loss):.4g}, learning "
                 f"rate {self.optimizers().param_groups[0]['lr']:.2g}). Train with a smaller "
                 'learning rate, e.g. plan_kwargs={"lr": ' + f"{self.lr / 10:.2g}" + "}."
