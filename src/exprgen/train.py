@@ -282,7 +282,8 @@ class GenerativeTrainingPlan(TrainingPlan):
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=n_steps + 1,
-            pct_start=self.lr_warmup,
+            # At least two steps: torch divides by their number less one.
+            pct_start=max(self.lr_warmup, 2 / (n_steps + 1)),
             cycle_momentum=False,
         )
         return {
