@@ -128,10 +128,17 @@ class KeepBestWeights(Callback):
         self._weights: dict[str, Tensor] | None = None
 
     def restore(self, module: torch.nn.Module) -> bool:
-        """Load the best weights, if there are any; say whether there were."""
+        """Load the best weights, or those of the start; say whether an epoch was finished."""
         if self._weights is not None:
             module.load_state_dict(self._weights)
-        return self._weights is not None
+        return self.best_epoch is not None
+
+    def _keep(self, module: torch.nn.Module) -> None:
+        self._weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what there is, so that a run that diverges at once can be tried again."""
+        self._keep(pl_module.module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this epoch's weights if its validation is the best so far.
@@ -141,8 +148,7 @@ class KeepBestWeights(Callback):
         value = float(trainer.callback_metrics.get(MONITOR, -trainer.current_epoch))
         if value < self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
-            state = pl_module.module.state_dict()
-            self._weights = {name: tensor.clone() for name, tensor in state.items()}
+            self._keep(pl_module.module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back."""

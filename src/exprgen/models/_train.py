@@ -146,7 +146,7 @@ class TrainMixin:
             try:
                 runner()
             except TrainingDivergedError:
-                self.is_trained_ = keep_best.restore(self.module)
+                self.is_trained_ = keep_best.restore(self.module) or self.is_trained_
                 self.module.eval()
                 self._finish(data, keys)
                 raise
