@@ -271,9 +271,8 @@ class GenerativeTrainingPlan(TrainingPlan):
         special = {id(p) for p in [*likelihood, *density]}
         networks = [p for p in self.module.parameters() if id(p) not in special]
         # Decay shrinks weight matrices; biases, norms and random effects have their own scale.
-        decayed = {
-            id(p) for n, p in self.module.named_parameters() if n.endswith(".weight") and p.dim() > 1
-        }
+        weights = [p for n, p in self.module.named_parameters() if n.endswith(".weight")]
+        decayed = {id(p) for p in weights if p.dim() > 1}
         groups = [
             {"params": [p for p in networks if id(p) in decayed], "lr": self.lr},
             {"params": [p for p in networks if id(p) not in decayed], "weight_decay": 0.0},

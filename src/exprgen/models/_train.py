@@ -123,6 +123,8 @@ class TrainMixin:
             if not self.module.initialized:
                 self.module.space.initialize(_moments(dataset, train_idx))
                 self.module.initialized.fill_(True)
+            # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
+            self.module.train()
             plan = GenerativeTrainingPlan(
                 self.module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
             )
