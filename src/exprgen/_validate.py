@@ -350,7 +350,9 @@ def _warn(message: str) -> None:
     warnings.warn(message, DataQualityWarning, stacklevel=5)
 
 
-def align_genes(var_names: Iterable[str], model_var_names: Iterable[str]) -> np.ndarray | None:
+def align_genes(
+    var_names: Iterable[str], model_var_names: Iterable[str], *, quiet: bool = False
+) -> np.ndarray | None:
     """Find the model's genes, by name, among those of the data.
 
     Parameters
@@ -359,6 +361,8 @@ def align_genes(var_names: Iterable[str], model_var_names: Iterable[str]) -> np.
         Genes of the data, in their order.
     model_var_names
         Genes of the model.
+    quiet
+        Whether to log nothing, where the caller has been told.
 
     Returns
     -------
@@ -390,8 +394,9 @@ def align_genes(var_names: Iterable[str], model_var_names: Iterable[str]) -> np.
             f"{name_some(missing, 5)}. The data's genes begin {name_some(data, 3)}. Give data "
             "with the genes the model was trained on, under the same names."
         )
-    extra = len(data) - len(model)
-    if extra:
+    if quiet:
+        return position
+    if len(data) > len(model):
         logger.info("Using the model's %d genes of the data's %d.", len(model), len(data))
     else:
         logger.info("Using the data's genes in the order of the model.")

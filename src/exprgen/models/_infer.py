@@ -208,11 +208,9 @@ class InferMixin:
         _arguments.check_positive_int(n_samples, "n_samples")
         seed = resolve_seed(seed)
         cells = self._cells(adata, indices)
-        columns = slice(None)
-        if gene_list is not None:
-            columns = _arguments.check_genes(gene_list, self.var_names)
+        columns = _arguments.check_genes(gene_list, self.var_names)
         space = self.module.space
-        drawn = []
+        places, values = [np.zeros((3, 0), np.intp)], [np.zeros(0, np.float32)]
         for block, part in blocks(len(cells), "Posterior predictive", show=False):
             noise = generator(seed, CELL, block)
             x, c, library = cells.tensors(part, self._device)
@@ -222,9 +220,16 @@ class InferMixin:
             for _ in range(n_samples):
                 y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
                 counts.append(space.likelihood.draw(space.decode(y, c, effect), noise).numpy())
-            drawn.append(sparse.GCXS.from_numpy(np.stack(counts, -1)[:, columns]))
-        samples = sparse.concatenate(drawn)
-        return samples[..., 0] if n_samples == 1 else samples
+            drawn = np.stack(counts, -1)[:, columns]
+            place = np.stack(np.nonzero(drawn))
+            values.append(drawn[tuple(place)])
+            place[0] += part.start
+            places.append(place)
+        # Put together here: to concatenate its arrays this package compiles for seconds.
+        n_dims = 2 if n_samples == 1 else 3
+        place, shape = np.concatenate(places, 1), (len(cells), len(columns), n_samples)
+        coo = sparse.COO(place[:n_dims], np.concatenate(values), shape=shape[:n_dims])
+        return sparse.GCXS.from_coo(coo)
 
     # How cells are read and results written ------------------------------------------------
 
@@ -259,7 +264,7 @@ class InferMixin:
         split = split_labels(cell_keys(adata, totals), self.cell_keys_)
         return Cells(adata, reader, rows, codes[rows], library[rows], split)
 
-    def _check_same_genes(self, adata: AnnData) -> np.ndarray | None:
+    def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
         """Column of ``adata`` for each of the model's genes; layers need all of them and no more.
 
         Raises
@@ -267,7 +272,7 @@ class InferMixin:
         GeneMismatchError
             If ``adata`` has other genes, so that a layer cannot hold the results.
         """
-        order = _validate.align_genes(adata.var_names, self.var_names)
+        order = _validate.align_genes(adata.var_names, self.var_names, quiet=quiet)
         if adata.n_vars != len(self.var_names):
             raise GeneMismatchError(
                 f"adata has {adata.n_vars} genes, the model {len(self.var_names)}: a layer cannot "
@@ -314,7 +319,7 @@ class InferMixin:
         matrix = adata.X if layer is None else adata.layers.get(layer)
         if matrix is None or not self.var_names.isin(adata.var_names).all():
             return None
-        order = _validate.align_genes(adata.var_names, self.var_names)
+        order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
         totals = GeneReader(matrix, order).totals()
         return split_labels(cell_keys(adata, totals), self.cell_keys_)
 

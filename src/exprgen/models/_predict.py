@@ -105,10 +105,12 @@ class PredictMixin:
         seed = resolve_seed(seed)
         if conditions is None:
             conditions = self._own_data()
-        if isinstance(conditions, AnnData):
+        given = isinstance(conditions, AnnData)
+        if given:
             logger.info("predict uses the conditions, not the counts; see denoise for those.")
             if selected is None:
-                self._check_same_genes(conditions)
+                self._check_same_genes(conditions, quiet=False)
+        split = self._split_of(conditions) if given else None
         query = ask(
             self.schema,
             self._observed,
@@ -124,7 +126,8 @@ class PredictMixin:
         _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
         names = [_slots.quantile_name(q) for q in quantiles]
         columns = slice(None) if selected is None else selected
-        results: dict[str, list[np.ndarray]] = {}
+        groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
+        results: dict[str, np.ndarray] = {}
         for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
             noise = generator(seed, CELL, i)
             depth = None if log_depth is None else log_depth[row]
@@ -134,16 +137,18 @@ class PredictMixin:
             else:
                 law = predictive_of_mean(self.module, location, donor, noise, n_cells)
             for name, value in law.slots(quantiles, names).items():
-                results.setdefault(name, []).append(value[columns].astype(np.float32))
+                value = value[columns]
+                if name not in results:
+                    results[name] = np.empty((len(rows), len(value)), np.float32)
+                results[name][groups[i]] = value
         info = {"of": of, "n_cells": n_cells or 0, "n_samples": n_samples, "seed": seed}
         info["quantiles"] = list(quantiles)
-        given = isinstance(conditions, AnnData)
         return self._write(
             conditions if given else self._new_adata(query),
             "predict",
-            {name: np.stack(values)[inverse] for name, values in results.items()},
+            results,
             info,
-            split=self._split_of(conditions) if given else None,
+            split=split,
             selected=selected,
             key_added=key_added,
             overwrite=overwrite,

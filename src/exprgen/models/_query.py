@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+from exprgen._arguments import check_choice
 from exprgen._conditions import ConditionSchema
 from exprgen._observed import ObservedConditions
 
@@ -81,6 +82,8 @@ def ask(
     KeyError, TypeError, ValueError, CovariateError
         If the conditions are not what the model knows.
     """
+    check_choice(unseen, "unseen", ("error", "null"))
+    check_choice(on_extrapolation, "on_extrapolation", ("warn", "raise", "ignore"))
     marginalize = _check_marginalize(schema, marginalize)
     if conditions is None:
         table, embedding = observed.draw(n_obs, rng), None
