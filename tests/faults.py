@@ -80,7 +80,7 @@ def digest(value: Any) -> Any:
     if sparse.issparse(value):
         return type(value), digest(value.data), digest(value.indices), digest(value.indptr)
     if isinstance(value, pd.DataFrame):
-        columns = [(key, str(value[key].dtype), digest(value[key].array)) for key in value]
+        columns = [(key, str(value[key].dtype), digest(_values(value[key]))) for key in value]
         return columns, digest(value.index.to_numpy()), str(value.index.dtype)
     if isinstance(value, pd.Categorical):
         return digest(value.codes), list(value.categories), value.ordered
@@ -88,6 +88,10 @@ def digest(value: Any) -> Any:
         layout = value.flags.c_contiguous, value.flags.f_contiguous, value.dtype, value.shape
         return type(value), layout, hashlib.sha256(value.tobytes()).hexdigest()
     return type(value), repr(list(value) if isinstance(value, np.ndarray) else value)
+
+
+def _values(column: pd.Series) -> Any:
+    return column.array if column.dtype == "category" else column.to_numpy()
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -115,8 +119,8 @@ def write_zarr(adata: AnnData, path: Path) -> None:
 
 
 def random_states() -> tuple[Any, ...]:
-    torch_state = torch.get_rng_state().numpy()
-    return random.getstate(), digest(np.random.get_state()[1]), digest(torch_state)
+    _, keys, *place = np.random.get_state()
+    return random.getstate(), digest(keys), place, digest(torch.get_rng_state().numpy())
 
 
 @contextmanager

@@ -1,0 +1,469 @@
+"""The fault catalogue, rows E01 to E14: files of a model, through its own ``save`` and ``load``.
+
+A test per row, by its id; ``test_files.py`` has the same faults at every byte and step. Not here:
+E15 (archives of a hub) and E16 (a GPU), and of E01 the checkpoints of training, which come later.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+from faults import (
+    N_OBS,
+    N_VARS,
+    ROLES,
+    assert_same,
+    digest,
+    fit,
+    latent_of,
+    make_cells,
+    refused,
+    trained_on_all_roles,
+    trained_on_counts,
+    untouched,
+    warned,
+)
+
+from exprgen import NBVAE
+from exprgen._errors import (
+    CheckpointError,
+    CovariateError,
+    GeneMismatchError,
+    ReproducibilityWarning,
+    SetupError,
+    UntrustedFileError,
+)
+from exprgen._manifest import checksum, describe
+
+resource = pytest.importorskip("resource", reason="needs fork and limits, as Unix has them")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+parametrize = pytest.mark.parametrize
+T0 = {"cell_type": "type_0", "dose": 1.0}
+FIXTURES = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def adata() -> AnnData:
+    return make_cells()
+
+
+@pytest.fixture
+def model() -> NBVAE:
+    return trained_on_all_roles()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    """The model, saved; the test may spoil it."""
+    model.save(tmp_path / "model", donor_labels=True)
+    return tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change the manifest, and make all its sums right."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    manifest["files"] = {name: describe(folder / name) for name in manifest["files"]}
+    path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+
+
+def load_is_refused(folder: Path, error: type[Exception], *names: Any, **kwargs: Any) -> None:
+    before = contents(folder) if folder.is_dir() else None
+    with refused(error, *names):
+        NBVAE.load(folder, **kwargs)
+    if before is not None:
+        assert contents(folder) == before
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.system, (f"touch '{self.sentinel}'",)
+
+
+@parametrize("form", ["torch", "pickle"])
+def test_E01_malicious_weights(folder, tmp_path, form):
+    evil = Evil(tmp_path / "sentinel")
+    with (folder / "model.pt").open("wb") as file:
+        (torch.save if form == "torch" else pickle.dump)({"model_state_dict": evil}, file)
+    load_is_refused(folder, CheckpointError, "model.pt", "corrupted")  # its checksum differs
+    rewrite_manifest(folder)
+    named = "system" if form == "torch" else "no archive of tensors"
+    load_is_refused(folder, UntrustedFileError, "model.pt", named)
+    assert not evil.sentinel.exists()
+    with (folder / "model.pt").open("rb") as file:  # that it would have
+        (lambda f: torch.load(f, weights_only=False) if form == "torch" else pickle.load(f))(file)
+    assert evil.sentinel.exists()
+
+
+def test_E01_malicious_manifest(folder, tmp_path):
+    evil = Evil(tmp_path / "sentinel")
+    (folder / "manifest.json").write_bytes(pickle.dumps(evil))
+    load_is_refused(folder, UntrustedFileError, "manifest.json", "pickle")
+    assert not evil.sentinel.exists()
+
+
+def test_E01_files_hold_nothing_to_unpickle(folder):
+    payload = torch.load(folder / "model.pt", weights_only=True)
+    assert {"model_state_dict", "var_names", "attr_dict"} <= payload.keys()
+
+
+def test_E02_wrong_class(folder):
+    class OtherVAE(NBVAE):
+        pass
+
+    with refused(CheckpointError, folder, "NBVAE", "OtherVAE", "NBVAE.load"):
+        OtherVAE.load(folder)
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "random": lambda data: np.random.default_rng(0).bytes(len(data)),
+    "longer": lambda data: data + b"\0",
+}
+
+
+@parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@parametrize("name", ["model.pt", "manifest.json"])
+def test_E03_damaged_file(folder, name, damage):
+    path = folder / name
+    size = path.stat().st_size
+    path.write_bytes(damage(path.read_bytes()))
+    now = path.stat().st_size
+    sizes = [f"{now} bytes", f"{size} were saved"] * (name == "model.pt" and now != size)
+    load_is_refused(folder, CheckpointError, path, "corrupted", *sizes)
+
+
+@parametrize("name", ["model.pt", "manifest.json"])
+def test_E04_one_bit_flipped(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    for bit in np.random.default_rng(0).integers(8 * len(whole), size=20):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            if name == "manifest.json" and json.loads(data) == json.loads(whole):
+                continue  # white space says nothing
+        except ValueError:
+            pass
+        words = ["checksum"] if name == "model.pt" else []
+        load_is_refused(folder, CheckpointError, path, *words)
+
+
+def test_E05_missing(folder, tmp_path):
+    load_is_refused(tmp_path / "nowhere", FileNotFoundError, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    load_is_refused(tmp_path / "empty", FileNotFoundError, tmp_path / "empty", "manifest.json")
+    for name in ("model.pt", "manifest.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        load_is_refused(folder, FileNotFoundError, folder / name)
+        (folder / name).write_bytes(data)
+    NBVAE.load(folder)
+
+
+def test_E06_genes_in_another_order(folder, model, adata):
+    shuffled = adata[:, np.random.default_rng(0).permutation(N_VARS)].copy()
+    with untouched(shuffled):
+        loaded = NBVAE.load(folder, shuffled)
+    assert list(loaded.adata.var_names) == list(model.var_names)
+    np.testing.assert_array_equal(latent_of(loaded), latent_of(model))
+    np.testing.assert_allclose(latent_of(loaded, shuffled), latent_of(model), rtol=1e-5, atol=1e-6)
+
+
+def test_E06_data_that_do_not_fit(folder, adata):
+    for cells, error, names in (
+        (adata[:, :5].copy(), GeneMismatchError, ["7 of the model's 12", "'gene_5'"]),
+        (with_obs(adata, drop="dose"), CovariateError, ["'dose'"]),
+        (with_obs(adata, cell_type="new"), CovariateError, ["'cell_type'", "'new'", "'type_0'"]),
+        (without_layer(adata), KeyError, ["'counts'"]),
+        (adata[:, ::1], SetupError, ["view", ".copy()"]),
+        (adata.to_df(), TypeError, ["AnnData", "DataFrame"]),
+    ):
+        with untouched(cells):
+            before = contents(folder)
+            with pytest.raises(error) as caught:
+                NBVAE.load(folder, cells)
+            assert all(name in str(caught.value) for name in names), caught.value
+            assert contents(folder) == before
+
+
+def with_obs(adata: AnnData, drop: str | None = None, **columns: Any) -> AnnData:
+    copy = adata.copy()
+    copy.obs = copy.obs.drop(columns=drop or []).assign(**columns)
+    return copy
+
+
+def without_layer(adata: AnnData) -> AnnData:
+    copy = adata.copy()
+    del copy.layers["counts"]
+    return copy
+
+
+def test_E07_newer_format(folder):
+    rewrite_manifest(folder, format_version="2.0")
+    load_is_refused(folder, CheckpointError, "2.0", "1.0", "Upgrade exprgen")
+
+
+def test_E07_newer_minor_version(folder, model):
+    versions = json.loads((folder / "manifest.json").read_text())["versions"]
+    rewrite_manifest(folder, versions=versions | {"exprgen": "99.1.0"})
+    with warned(ReproducibilityWarning, "99.1.0", versions["exprgen"]):
+        loaded = NBVAE.load(folder)
+    assert_same(loaded.sample(T0, 5, seed=0).X, model.sample(T0, 5, seed=0).X)
+
+
+def make_fixture(folder: Path) -> None:
+    """The model of a format, and what it says of its own cells."""
+    model = fit(make_cells(), max_epochs=3, **ROLES)
+    model.save(folder, overwrite=True, donor_labels=True)
+    said = latent_of(model)[:10].tolist()
+    (folder / "latent.json").write_text(json.dumps(said))
+
+
+@parametrize("name", ["nbvae-1.0"])
+def test_E08_older_format(name, adata, tmp_path):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    loaded = NBVAE.load(folder, adata)
+    said = json.loads((folder / "latent.json").read_text())
+    np.testing.assert_allclose(latent_of(loaded)[:10], said, atol=1e-4)
+    assert loaded.sample(T0, 5).shape == (5, N_VARS)
+
+
+# Death, full disks, other processes --------------------------------------------------------
+
+
+def spawn(action: Callable[[], object]) -> int:
+    """Run in a forked process, which ends with 0 or the number of the OSError it met."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            action()
+            code = 0
+        except FileExistsError:
+            code = errno.EEXIST
+        except OSError as error:
+            code = error.errno or 255
+        finally:
+            os._exit(code)
+    return child
+
+
+def status_of(child: int) -> int:
+    """How a process ended; negative if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def other() -> NBVAE:
+    """Another model, which can be told from the first."""
+    return trained_on_counts()
+
+
+@parametrize("deadly", [True, False], ids=["killed", "disk full"])
+def test_E09_old_model_survives(folder, model, other, deadly, tmp_path):
+    before, latent = contents(folder), latent_of(model)
+    other.save(tmp_path / "other")
+    size = (tmp_path / "other" / "model.pt").stat().st_size
+
+    def save(offset: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
+        other.save(folder, overwrite=True)
+
+    for offset in np.linspace(0, size - 1, 20, dtype=int):
+        ended = status_of(spawn(lambda offset=int(offset): save(offset)))
+        assert ended == (-signal.SIGXFSZ if deadly else errno.EFBIG)
+        assert {k: v for k, v in contents(folder).items() if not k.startswith(".")} == before
+        loaded = NBVAE.load(folder, make_cells())
+        np.testing.assert_array_equal(latent_of(loaded), latent)
+    other.save(folder, overwrite=True)  # what is left behind is in nobody's way
+    assert not NBVAE.load(folder).schema.condition_keys
+    assert sorted(contents(folder)) == ["manifest.json", "model.pt"]
+
+
+def test_E09_overwrite_is_asked_for(folder, other):
+    before = contents(folder)
+    with refused(FileExistsError, folder, "overwrite=True"):
+        other.save(folder)
+    assert contents(folder) == before
+
+
+def test_E10_two_processes_saving(model, other, tmp_path):
+    for i in range(3):
+        folder = tmp_path / str(i)
+        children = [spawn(lambda m=m, f=folder: m.save(f)) for m in (model, other)]
+        ended = [status_of(child) for child in children]
+        assert sorted(ended) == [0, errno.EEXIST]
+        winner = (model, other)[ended.index(0)]
+        assert NBVAE.load(folder).schema.condition_keys == winner.schema.condition_keys
+        children = [spawn(lambda m=m, f=folder: m.save(f, overwrite=True)) for m in (model, other)]
+        assert [status_of(child) for child in children] == [0, 0]
+        loaded = NBVAE.load(folder, False)
+        last = model if loaded.schema.condition_keys else other
+        asked = T0 if last is model else None
+        assert_same(loaded.sample(asked, 5, seed=0).X, last.sample(asked, 5, seed=0).X)
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that other users can reach; pytest's own are closed to them."""
+    base = Path(tempfile.mkdtemp())
+    base.chmod(0o755)
+    yield base
+    base.chmod(0o755)
+    shutil.rmtree(base)
+
+
+def test_E11_read_only_folder(model, open_to_all):
+    model.save(open_to_all / "model")
+    before = contents(open_to_all)
+    open_to_all.chmod(0o555)
+    (open_to_all / "model").chmod(0o555)
+    told = []
+
+    def as_ordinary_user(path: Path, **kwargs: Any) -> int:
+        def action() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                model.save(path, **kwargs)
+            except PermissionError as error:
+                os._exit(77 if str(path) in str(error) else 78)
+
+        return status_of(spawn(action))
+
+    told.append(as_ordinary_user(open_to_all / "model", overwrite=True))
+    told.append(as_ordinary_user(open_to_all / "new"))
+    (open_to_all / "model").chmod(0o755)
+    assert told == [77, 77]
+    assert contents(open_to_all) == before
+    assert os.listdir(open_to_all) == ["model"]
+
+
+def test_E12_path_is_a_file(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for action in (lambda: model.save(tmp_path / "file", overwrite=True),
+                   lambda: NBVAE.load(tmp_path / "file")):  # fmt: skip
+        with refused(NotADirectoryError, tmp_path / "file"):
+            action()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@parametrize("name", ["with spaces", "Zellmodell_β_细胞", "~/model", "a/b/c"])
+@parametrize("form", [str, Path])
+def test_E12_odd_paths(model, tmp_path, name, form, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save(form(name))
+    place = tmp_path / "home" / "model" if name.startswith("~") else tmp_path / name
+    assert sorted(os.listdir(place)) == ["manifest.json", "model.pt"]
+    assert_same(NBVAE.load(form(name)).sample(T0, 3, seed=0).X, model.sample(T0, 3, seed=0).X)
+
+
+def test_E13_without_data(folder, model):
+    loaded = NBVAE.load(folder)
+    assert loaded.adata is None
+    assert loaded.is_trained_
+    assert_same(loaded.sample(T0, 20, seed=0), model.sample(T0, 20, seed=0))
+    assert_same(loaded.sample(None, 20, seed=0), model.sample(None, 20, seed=0))
+    found, expected = (m.predict(T0, n_samples=20, seed=0) for m in (loaded, model))
+    assert_same(found, expected)
+    assert_same(loaded.conditions, model.conditions)
+    cells = make_cells()
+    with untouched(cells):
+        np.testing.assert_array_equal(latent_of(loaded, cells), latent_of(model, cells))
+    assert loaded.adata is None
+    for verb in (
+        loaded.predict,
+        loaded.denoise,
+        loaded.log_likelihood,
+        loaded.posterior_predictive_sample,
+        loaded.train,
+    ):
+        with refused(ValueError, "loaded without data"):
+            verb()
+
+
+def test_E13_files_hold_no_cells(model, tmp_path):
+    for labels in (False, True):
+        model.save(tmp_path / str(labels), donor_labels=labels)
+        data = b"".join(contents(tmp_path / str(labels)).values())
+        assert b"cell_17" not in data
+        assert (b"donor_1" in data.replace(b"coded_donor_1", b"")) == labels
+
+
+def test_E14_round_trip(folder, model):
+    loaded = NBVAE.load(folder, make_cells())
+    np.testing.assert_array_equal(latent_of(loaded), latent_of(model))
+    for verb in (
+        lambda m: m.sample(T0, 700, seed=0),
+        lambda m: m.log_likelihood(n_samples=3, seed=0),
+        lambda m: m.denoise(n_samples=3, seed=0, copy=True).layers["exprgen_denoised"],
+        lambda m: m.predict(n_samples=20, seed=0, copy=True).layers["exprgen_mean"],
+        lambda m: m.predict(n_samples=20, seed=0, copy=True).obs["exprgen_split"].to_frame(),
+    ):
+        assert_same(verb(loaded), verb(model))
+    assert loaded.history.keys() == model.history.keys()
+    for key, values in model.history.items():
+        assert_same(loaded.history[key], values)
+    for name in ("train_indices_", "validation_indices_", "seed_", "init_params_"):
+        assert digest(getattr(loaded, name)) == digest(getattr(model, name)), name
+    assert loaded.module.training == model.module.training
+
+
+def test_E14_saved_again(folder, tmp_path):
+    NBVAE.load(folder).save(tmp_path / "again", donor_labels=True)
+    first, second = (
+        torch.load(path / "model.pt", weights_only=True) for path in (folder, tmp_path / "again")
+    )
+    assert str(first) == str(second)
+
+
+def test_E14_with_its_data(model, tmp_path):
+    model.save(tmp_path / "model", save_anndata=True, donor_labels=True)
+    loaded = NBVAE.load(tmp_path / "model")
+    assert loaded.adata.n_obs == N_OBS
+    np.testing.assert_array_equal(latent_of(loaded), latent_of(model))
+    assert NBVAE.load(tmp_path / "model", False).adata is None
+    cells = tmp_path / "model" / "adata.h5ad"
+    cells.write_bytes(cells.read_bytes()[:-1])
+    load_is_refused(tmp_path / "model", CheckpointError, cells, "corrupted")
+
+
+def test_E14_untrained(adata, tmp_path):
+    NBVAE.setup_anndata(adata, **ROLES)
+    NBVAE(adata).save(tmp_path / "model")
+    with refused(RuntimeError, "not trained"):
+        NBVAE.load(tmp_path / "model").sample(T0)
+
+
+if __name__ == "__main__":  # once for each new format, never for an old one
+    make_fixture(FIXTURES / "nbvae-1.0")
