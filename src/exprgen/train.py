@@ -269,7 +269,8 @@ class GenerativeTrainingPlan(TrainingPlan):
         likelihood = [p for p in self.module.space.likelihood.parameters() if p.requires_grad]
         density = list(self.module.density.parameters())
         special = {id(p) for p in [*likelihood, *density]}
-        networks = [p for p in self.module.parameters() if id(p) not in special]
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        networks = [p for p in trained if id(p) not in special]
         # Decay shrinks weight matrices; biases, norms and random effects have their own scale.
         weights = [p for n, p in self.module.named_parameters() if n.endswith(".weight")]
         decayed = {id(p) for p in weights if p.dim() > 1}

@@ -88,6 +88,9 @@ class LatentSpace(nn.Module):
         self.decoder = Decoder(n_latent, n_inputs, n_vars, **shape)
         self.likelihood = likelihood
         self.depth = Depth(n_inputs, layout.n_donor, observed=depth_is_observed)
+        if depth_is_observed:
+            # Nothing to correct, and parallel training waits for every parameter's gradient.
+            self.encoder.depth.requires_grad_(False)
         self.donors = DonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
 
     @torch.no_grad()
