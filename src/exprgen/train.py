@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "CellDataset",
     "GenerativeTrainingPlan",
     "KeepBestWeights",
+    "default_batch_size",
     "default_max_epochs",
 ]
 
@@ -36,10 +38,16 @@ MONITOR = "elbo_validation"
 """The quantity that early stopping and the choice of the best weights watch (lower is better)."""
 
 
-def default_max_epochs(n_train: int, batch_size: int) -> int:
-    """Epochs of a run: about 1,200 steps, but 30 to 100 passes over the cells."""
-    n_steps = math.ceil(n_train / batch_size)
-    return min(max(math.ceil(1200 / n_steps), 30), 100)
+def default_batch_size(n_train: int) -> int:
+    """128 cells per step, or fewer for an epoch to have eight steps, but at least 32."""
+    return min(128, max(32, n_train // 8))
+
+
+def default_max_epochs(n_train: int) -> int:
+    """25 epochs below 1,000 cells, 40 to 10,000, then falling with the root of their number."""
+    if n_train < 1_000:
+        return 25
+    return max(4, math.ceil(40 * min(1.0, math.sqrt(10_000 / n_train))))
 
 
 class CellDataset(Dataset):
@@ -283,16 +291,24 @@ class GenerativeTrainingPlan(TrainingPlan):
         optimizer = torch.optim.AdamW(
             groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay
         )
-        n_steps = max(int(self.trainer.estimated_stepping_batches), 2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=[group["lr"] for group in optimizer.param_groups],
-            total_steps=n_steps + 1,
-            # At least two steps: torch divides by their number less one.
-            pct_start=max(self.lr_warmup, 2 / (n_steps + 1)),
-            cycle_momentum=False,
+        cycle = partial(
+            one_cycle,
+            n_steps=int(self.trainer.estimated_stepping_batches),
+            warmup=self.lr_warmup,
         )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cycle)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def one_cycle(step: int, *, n_steps: int, warmup: float) -> float:
+    """Factor of the learning rate: half a cosine up from 1/25, half a cosine down to 0.
+
+    One cycle :cite:p:`smith2019`, over ``n_steps`` of which the first share ``warmup`` rises.
+    """
+    at = min(step / max(n_steps, 1), 1.0)
+    if at < warmup:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * at / warmup))
+    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1 - warmup, 1e-9)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 __all__ = ["coverage"]
 
@@ -13,7 +14,7 @@ def coverage(lower: np.ndarray, upper: np.ndarray, x: np.ndarray) -> float:
     Parameters
     ----------
     lower, upper, x
-        Arrays that broadcast against each other, usually ``(n_obs, n_vars)``.
+        Arrays that broadcast against each other, usually ``(n_obs, n_vars)``; sparse ones too.
 
     Returns
     -------
@@ -26,7 +27,8 @@ def coverage(lower: np.ndarray, upper: np.ndarray, x: np.ndarray) -> float:
     ValueError
         A lower end above its upper end.
     """
-    lower, upper, x = np.broadcast_arrays(lower, upper, x)
+    dense = (v.toarray() if sparse.issparse(v) else v for v in (lower, upper, x))
+    lower, upper, x = np.broadcast_arrays(*dense)
     n_crossed = int((lower > upper).sum())
     if n_crossed:
         raise ValueError(
