@@ -1,0 +1,487 @@
+"""What every model promises, in one body over models and over the roles that conditions can have.
+
+A model is added to MODELS and to nothing else. Statistical quality is tested elsewhere
+(test_statistics.py); here answers must be complete, of the right law, repeatable and harmless.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse, stats
+
+from exprgen import NBVAE, datasets
+from exprgen._errors import CovariateError
+
+MODELS = [NBVAE]
+TINY = {NBVAE: {"n_latent": 3, "n_hidden": 32, "n_components": 4}}
+ROLES = {
+    "no condition": {},
+    "label": {"categorical_condition_keys": ["cell_type"]},
+    "label, quantity, embedding": {
+        "categorical_condition_keys": ["cell_type"],
+        "continuous_condition_keys": ["dose"],
+        "condition_embedding_key": "drug",
+    },
+    "label, batch, donor": {
+        "categorical_condition_keys": ["cell_type"],
+        "batch_key": "batch",
+        "donor_key": "donor",
+    },
+    "label, size factor": {
+        "categorical_condition_keys": ["cell_type"],
+        "size_factor_key": "depth",
+    },
+}
+CASES = [pytest.param((m, r), id=f"{m.__name__}, {r}") for m in MODELS for r in ROLES]
+QUIET = {"progress_bar": False}
+DRUG = np.array([[0.5, -1.0], [2.0, 0.3]])
+
+
+def _cells(n=500):
+    """Two doses change expression, through the drug's embedding as well; counts in a layer."""
+    adata = datasets.simulate_latent(
+        n,
+        n_vars=30,
+        n_types=3,
+        n_batches=2,
+        n_donors=5,
+        doses=(0.0, 5.0),
+        log_depth=(6.0, 0.3),
+        donor_sd=0.2,
+        seed=3,
+    )
+    adata = adata[:, adata.X.sum(0).A1 > 5].copy()
+    adata.obsm["drug"] = DRUG[(adata.obs["dose"] > 0).to_numpy().astype(int)]
+    adata.X = adata.X.copy() * 0
+    return adata
+
+
+class Case:
+    """A trained model, the cells it was trained on, and a question that it can answer."""
+
+    def __init__(self, model_class, roles):
+        self.model_class, self.roles, self.adata = model_class, ROLES[roles], _cells()
+        model_class.setup_anndata(self.adata, layer="counts", **self.roles)
+        self.model = model_class(self.adata, seed=0, **TINY[model_class])
+        self.model.train(40, batch_size=64, accelerator="cpu", early_stopping=False, **QUIET)
+
+    @property
+    def has_label(self):
+        return "categorical_condition_keys" in self.roles
+
+    @property
+    def has_donor(self):
+        return "donor_key" in self.roles
+
+    @property
+    def has_embedding(self):
+        return "condition_embedding_key" in self.roles
+
+    def question(self, label="type_0", n=1, dose=0):
+        """Conditions of ``n`` equal rows, as a mapping."""
+        given = {"cell_type": [label] * n, "dose": [5.0 * dose] * n}
+        keys = self.model.schema.condition_keys
+        given = {key: given[key] for key in given if key in keys}
+        if self.has_embedding:
+            given["drug"] = np.tile(DRUG[dose], (n, 1))
+        return given or pd.DataFrame(index=range(n))
+
+    def verbs(self):
+        """Every verb on given cells, by name, with few draws."""
+        model = self.model
+        verbs = {
+            "sample": lambda a: model.sample(a, 2, seed=0, **QUIET),
+            "predict": lambda a: model.predict(a, n_samples=20, copy=True, seed=0, **QUIET),
+            "denoise": lambda a: model.denoise(a, n_samples=3, copy=True, seed=0, **QUIET),
+            "log_likelihood": lambda a: model.log_likelihood(a, n_samples=3, seed=0, **QUIET),
+            "latent": lambda a: _latent(model, a),
+            "posterior_predictive_sample": lambda a: model.posterior_predictive_sample(a, seed=0),
+        }
+        if self.has_label:
+            verbs["counterfactual"] = lambda a: model.counterfactual(
+                a, to={"cell_type": "type_1"}, n_samples=3, seed=0, **QUIET
+            )
+        return verbs
+
+
+@pytest.fixture(scope="module")
+def _trained():
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def case(request, _trained):
+    key = request.param
+    if key not in _trained:
+        _trained[key] = Case(*key)
+    return _trained[key]
+
+
+def _latent(model, adata=None, **kwargs):
+    """The representation, declaring the warning that models with conditions give."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The latent representation is computed given")
+        return model.get_latent_representation(adata, **QUIET, **kwargs)
+
+
+def _dense(matrix):
+    return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
+
+
+def _digest(adata):
+    """Everything in an AnnData, so that any change shows."""
+    parts = {"X": adata.X, **{("layer", k): v for k, v in adata.layers.items()}}
+    parts |= {("obsm", k): v for k, v in adata.obsm.items()}
+    digest = {key: _dense(value).tobytes() for key, value in parts.items()}
+    digest["obs"] = pd.util.hash_pandas_object(adata.obs).tolist(), list(adata.obs.dtypes)
+    digest["var"] = pd.util.hash_pandas_object(adata.var).tolist()
+    return digest | {"uns": sorted(adata.uns)}
+
+
+def _states():
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def _equal(a, b):
+    """Whether two answers are the same, bit by bit."""
+    if hasattr(a, "obs"):
+        return _digest(a) == _digest(b)
+    a, b = (x.todense() if hasattr(x, "todense") else x for x in (a, b))
+    return np.array_equal(a, b)
+
+
+# Complete ---------------------------------------------------------------------------------
+
+
+def test_samples_are_cells_with_their_conditions(case):
+    model, adata = case.model, case.adata
+    question = case.question(n=2)
+    cells = model.sample(question, n_obs=30, seed=0, **QUIET)
+    assert cells.shape == (60, adata.n_vars)
+    assert list(cells.var_names) == list(adata.var_names)
+    assert cells.obs_names.is_unique
+    assert cells.obs_names[1] == "synthetic_1"
+    assert isinstance(cells.X, sparse.csr_matrix)
+    assert cells.X.dtype == np.float32
+    counts = cells.X.toarray()
+    assert np.isfinite(counts).all()
+    assert (counts >= 0).all()
+    assert (counts == np.round(counts)).all()
+    np.testing.assert_array_equal(counts, cells.layers["counts"].toarray())
+    for key in model.schema.column_keys:
+        assert cells.obs[key].notna().all()
+        if key != "donor":
+            assert cells.obs[key].dtype == adata.obs[key].dtype
+        if key in question:
+            assert (cells.obs[key] == question[key][0]).all()
+    if case.has_embedding:
+        np.testing.assert_allclose(cells.obsm["drug"], DRUG[np.zeros(60, int)])
+    assert cells.obs["synthetic"].all()
+    assert (cells.obs["support"] == "seen").all()
+    assert (cells.obs["n_train"] > 50).all()
+    assert not cells.obs["extrapolated"].any()
+    if "size_factor_key" in case.roles:
+        ratio = np.median(cells.obs["library"]) / np.median(adata.obs["depth"])
+        assert ratio == pytest.approx(1, abs=0.3)
+    else:
+        np.testing.assert_array_equal(cells.obs["library"], counts.sum(1))
+    provenance = cells.uns["exprgen"]
+    assert provenance["model"] == case.model_class.__name__
+    assert (provenance["seed"], provenance["layer"]) == (0, "counts")
+    assert provenance["size_factor_key"] == case.roles.get("size_factor_key", "")
+
+
+def test_statistics_are_complete_and_consistent(case):
+    adata = case.adata.copy()
+    keys = set(adata.layers), set(adata.obs), set(adata.obsm)
+    returned = case.model.predict(adata, n_samples=200, seed=0, **QUIET)
+    assert returned is adata
+    terms = ["std_latent"] + ["std_donor"] * case.has_donor
+    expected = {f"exprgen_{name}" for name in ["mean", "std", "q05", "q95", *terms]}
+    assert set(adata.layers) - keys[0] == expected
+    assert set(adata.obs) - keys[1] == {"exprgen_split"}
+    assert set(adata.obsm) == keys[2]
+    layers = {name.removeprefix("exprgen_"): adata.layers[name] for name in expected}
+    assert all(np.isfinite(v).all() and (v >= 0).all() for v in layers.values())
+    assert (layers["q05"] <= layers["q95"]).all()
+    assert (layers["mean"] > 0).all()
+    parts = sum(layers[term] ** 2 for term in terms)
+    assert (parts < layers["std"] ** 2).all()
+    assert (adata.obs["exprgen_split"] == "train").sum() == len(case.model.train_indices)
+    case.model.denoise(adata, n_samples=3, seed=0, **QUIET)
+    for name in ("denoised", "denoised_std"):
+        layer = adata.layers[f"exprgen_{name}"]
+        assert np.isfinite(layer).all()
+        assert (layer >= 0).all()
+    correlation = stats.spearmanr(
+        adata.layers["exprgen_denoised"].ravel(), _dense(adata.layers["counts"]).ravel()
+    )
+    assert correlation.statistic > 0.7
+
+
+def test_given_cells_are_answered_in_order(case):
+    model, adata = case.model, case.adata
+    likelihood = model.log_likelihood(n_samples=5, seed=0, **QUIET)
+    assert likelihood.shape == (adata.n_obs,)
+    assert likelihood.dtype == np.float64
+    assert np.isfinite(likelihood).all()
+    assert (likelihood < 0).all()
+    mean, sd = _latent(model, return_dist=True)
+    assert mean.shape == sd.shape == (adata.n_obs, 3)
+    assert np.isfinite(mean).all()
+    assert (sd > 0).all()
+    some = np.array([7, 3, 3, -1])
+    np.testing.assert_allclose(_latent(model, indices=some), mean[some], atol=1e-5)
+    shuffled = adata[::-1].copy()
+    np.testing.assert_allclose(_latent(model, shuffled), mean[::-1], atol=1e-5)
+    draws = model.posterior_predictive_sample(indices=some, n_samples=6, seed=0)
+    assert draws.shape == (4, adata.n_vars, 6)
+    assert (draws.todense() == np.round(draws.todense())).all()
+
+
+def test_the_latent_of_a_model_with_conditions_warns(case):
+    if case.has_label:
+        with pytest.warns(UserWarning, match="computed given"):
+            case.model.get_latent_representation(**QUIET)
+    else:
+        case.model.get_latent_representation(**QUIET)
+
+
+# Of the right law -------------------------------------------------------------------------
+
+
+def test_predictions_summarise_samples(case):
+    """Means, spread and quantiles are those of cells drawn one by one, each of a new donor."""
+    n = 4000
+    sampled = case.model.sample(case.question(n=n), seed=1, **QUIET).X.toarray()
+    law = case.model.predict(case.question(), n_samples=4000, seed=2, **QUIET)
+    mean, std, low, high = (law.layers[f"exprgen_{k}"][0] for k in ("mean", "std", "q05", "q95"))
+    error = np.abs(sampled.mean(0) - mean) / (std * np.sqrt(2 / n))
+    assert error.max() < 4.5
+    # The spread of rare genes is that of a handful of large counts.
+    ratio = (sampled.std(0) / std)[mean > 0.5]
+    assert np.median(ratio) == pytest.approx(1, abs=0.1)
+    assert ((ratio > 0.75) & (ratio < 1.33)).all()
+    inside = ((low <= sampled) & (sampled <= high)).mean(0)
+    assert (inside > 0.88).all()
+    assert (((low + 1 <= sampled) & (sampled <= high - 1)).mean(0) < 0.92).all()
+
+
+def test_sampled_labels_differ_as_real_ones_do(case):
+    """Strong differences of the truth come out with their sign and size."""
+    counts, labels = case.adata.layers["counts"].toarray(), case.adata.obs["cell_type"]
+    if not case.has_label:
+        sampled = case.model.sample(None, 1500, seed=0, **QUIET).X.toarray()
+        ratio = sampled.mean(0) / counts.mean(0)
+        assert 0.8 < np.median(ratio) < 1.25
+        assert np.corrcoef(np.log1p(sampled.mean(0)), np.log1p(counts.mean(0)))[0, 1] > 0.98
+        return
+    real, drawn = [], []
+    for label in labels.cat.categories:
+        rows = (labels == label).to_numpy()
+        if case.has_embedding:
+            rows &= (case.adata.obs["dose"] == 0).to_numpy()
+        cells = case.model.sample(case.question(label, n=300), seed=0, **QUIET)
+        real.append(np.log(counts[rows].mean(0) + 0.1))
+        drawn.append(np.log(cells.X.toarray().mean(0) + 0.1))
+    real, drawn = np.array(real) - np.mean(real, 0), np.array(drawn) - np.mean(drawn, 0)
+    assert np.corrcoef(real.ravel(), drawn.ravel())[0, 1] > 0.9
+    strong = np.abs(real) > 1
+    assert strong.sum() >= 5
+    assert (np.sign(real[strong]) == np.sign(drawn[strong])).all()
+
+
+def test_a_quantity_and_an_embedding_change_what_is_sampled(case):
+    if not case.has_embedding:
+        pytest.skip("no such condition")
+    counts, dose = case.adata.layers["counts"].toarray(), case.adata.obs["dose"].to_numpy()
+    rows = (case.adata.obs["cell_type"] == "type_0").to_numpy()
+    real = [np.log(counts[rows & (dose == d)].mean(0) + 0.1) for d in (0, 5)]
+    drawn = [
+        case.model.sample(case.question(n=500, dose=d), seed=0, **QUIET).X.toarray().mean(0)
+        for d in (0, 1)
+    ]
+    drawn = np.log(np.array(drawn) + 0.1)
+    assert np.corrcoef(real[1] - real[0], drawn[1] - drawn[0])[0, 1] > 0.8
+
+
+def test_batch_and_donor_are_marginalised_unless_given(case):
+    model = case.model
+    cells = model.sample(case.question(), n_obs=100, seed=0, **QUIET)
+    assert cells.n_obs == 100
+    if not case.has_donor:
+        return
+    trained = set(case.adata.obs["donor"])
+    assert cells.obs["donor"].nunique() == 1
+    assert not trained & set(cells.obs["donor"].astype(str))
+    assert set(cells.obs["batch"]) <= {"batch_0", "batch_1"}
+    many = model.sample(case.question(n=200), seed=0, **QUIET)
+    assert many.obs["donor"].nunique() == 200
+    assert set(many.obs["batch"]) == {"batch_0", "batch_1"}
+    # Rows of one donor share its effect; a known donor's is its own.
+    question = {**case.question(n=4), "batch": "batch_0"}
+    question["donor"] = ["donor_0", "new", "new", "newer"]
+    cells = model.sample(question, 1000, seed=0, **QUIET)
+    assert list(cells.obs["donor"][::1000]) == question["donor"]
+    means = cells.X.toarray().reshape(4, 1000, -1).mean(1)
+    log_means = np.log(means[:, means.min(0) > 1])
+    same, apart = (np.square(log_means[i] - log_means[i + 1]).mean() for i in (1, 2))
+    assert same < 0.3 * apart
+
+
+def test_leaving_conditions_to_the_model_draws_them_as_trained(case):
+    model = case.model
+    if case.has_embedding:
+        with pytest.raises(CovariateError, match="drug"):
+            model.sample(None, 10, seed=0, **QUIET)
+        question = {k: v for k, v in case.question(n=400).items() if k != "dose"}
+        cells = model.sample(question, marginalize=["dose"], seed=0, **QUIET)
+        assert set(cells.obs["dose"]) == {0.0, 5.0}
+        return
+    cells = model.sample(None, 2000, seed=0, **QUIET)
+    assert cells.n_obs == 2000
+    keys = [key for key in model.schema.column_keys if key != "donor"]
+    if keys:
+        frame = model.conditions.set_index(keys)["n_train"]
+        drawn = cells.obs.groupby(keys, observed=True).size().reindex(frame.index).fillna(0)
+        expected = frame / frame.sum() * 2000
+        assert stats.chisquare(drawn, expected).pvalue > 1e-3
+
+
+def test_depth_can_be_fixed_and_effects_planted(case):
+    gene, n = case.adata.var_names[np.argmax(case.adata.layers["counts"].mean(0).A1)], 1500
+    row = list(case.adata.var_names).index(gene)
+    args = {"library": 800.0, "seed": 0, **QUIET}
+    question = case.question()
+    plain = case.model.sample(question, n, **args).X.toarray()
+    if "size_factor_key" not in case.roles and not case.has_donor:
+        total = plain.sum(1)
+        assert abs(total.mean() - 800) < 5 * total.std() / np.sqrt(n) + 5
+    shifted = case.model.sample(question, n, log_fold_change={gene: 1.5}, **args).X.toarray()
+    ratio = shifted.mean(0) / np.maximum(plain.mean(0), 1e-9)
+    assert ratio[row] == pytest.approx(2**1.5, rel=0.15)
+    common = plain.mean(0) > 0.5
+    common[row] = False
+    assert np.median(ratio[common]) == pytest.approx(1, abs=0.05)
+
+
+def test_counterfactuals_take_the_other_labels_expression(case):
+    if not case.has_label:
+        with pytest.raises(KeyError):
+            case.model.counterfactual(to={"cell_type": "type_1"}, **QUIET)
+        return
+    adata, model = case.adata, case.model
+    rows = np.flatnonzero(adata.obs["cell_type"] == "type_0")
+    cells = model.counterfactual(
+        to={"cell_type": "type_1"}, indices=rows, n_samples=5, seed=0, **QUIET
+    )
+    assert list(cells.obs["source"]) == list(adata.obs_names[rows])
+    assert (cells.obs["cell_type"] == "type_1").all()
+    for key in {"dose", "batch", "donor"} & set(model.schema.column_keys):
+        assert (cells.obs[key].astype(str).values == adata.obs[key].iloc[rows].astype(str)).all()
+    counts = cells.X.toarray()
+    assert (counts == np.round(counts)).all()
+    np.testing.assert_array_equal(counts, cells.layers["counts"].toarray())
+    assert (cells.layers["exprgen_mean"] >= 0).all()
+    real = adata.layers["counts"].toarray()
+    own, other = (
+        np.log1p(real[(adata.obs["cell_type"] == f"type_{k}").to_numpy()].mean(0)) for k in (0, 1)
+    )
+    got = np.log1p(counts.mean(0))
+    assert np.abs(got - other).mean() < 0.5 * np.abs(own - other).mean()
+    # Nothing changes where nothing is asked to change, but for noise.
+    same = model.counterfactual(
+        to={"cell_type": "type_0"}, indices=rows, n_samples=5, seed=0, **QUIET
+    )
+    assert np.abs(np.log1p(same.X.toarray().mean(0)) - own).mean() < 0.15
+
+
+def test_more_samples_tighten_the_bound(case):
+    values = [
+        case.model.log_likelihood(indices=np.arange(200), n_samples=k, seed=0, **QUIET).mean()
+        for k in (1, 30)
+    ]
+    assert values[0] < values[1] < values[0] + 10
+
+
+# Repeatable -------------------------------------------------------------------------------
+
+
+def test_a_seed_fixes_the_answer_and_touches_nothing_else(case):
+    question = case.question(n=3)
+    before = _states()
+    first, again, other = (case.model.sample(question, 20, seed=s, **QUIET) for s in (1, 1, 2))
+    assert _equal(first, again)
+    assert not np.array_equal(first.X.toarray(), other.X.toarray())
+    for verb in case.verbs().values():
+        assert _equal(verb(case.adata), verb(case.adata))
+    assert _states() == before
+
+
+def test_cells_of_a_block_do_not_depend_on_how_many_follow(case):
+    """Blocks have 512 cells, and noise of their own."""
+    question = case.question()
+    args = {"seed": 3, **QUIET}
+    few, many = (case.model.sample(question, n, **args).X.toarray() for n in (512, 1100))
+    np.testing.assert_array_equal(few, many[:512])
+    assert not np.array_equal(many[:512], many[512:1024])
+
+
+def test_a_loaded_model_answers_the_same(case, tmp_path):
+    case.model.save(tmp_path / "model", donor_labels=True)
+    alone = case.model_class.load(tmp_path / "model", adata=False, accelerator="cpu")
+    question = case.question(n=2)
+    expected = case.model.sample(question, 40, seed=0, **QUIET)
+    assert _equal(alone.sample(question, 40, seed=0, **QUIET), expected)
+    pd.testing.assert_frame_equal(alone.conditions, case.model.conditions)
+    fresh = _cells()
+    attached = case.model_class.load(tmp_path / "model", fresh, accelerator="cpu")
+    for ours, theirs in zip(
+        case.verbs().values(), _verbs_of(case, attached).values(), strict=True
+    ):
+        assert _equal(ours(case.adata), theirs(case.adata))
+    np.testing.assert_array_equal(
+        attached.log_likelihood(n_samples=3, seed=0, **QUIET),
+        case.model.log_likelihood(n_samples=3, seed=0, **QUIET),
+    )
+
+
+def _verbs_of(case, model):
+    other = copy.copy(case)
+    other.model = model
+    return other.verbs()
+
+
+# Harmless ---------------------------------------------------------------------------------
+
+
+def test_verbs_leave_what_they_are_given_alone(case):
+    adata = case.adata.copy()
+    before = _digest(adata)
+    weights = {k: v.clone() for k, v in case.model.module.state_dict().items()}
+    for name, verb in case.verbs().items():
+        verb(adata)
+        assert _digest(adata) == before, name
+    assert all(torch.equal(v, weights[k]) for k, v in case.model.module.state_dict().items())
+    assert not case.model.module.training
+
+
+def test_the_gradient_reaches_every_parameter(case):
+    module = copy.deepcopy(case.model.module).train()
+    dataset, _ = case.model._training_cells()
+    _, _, output = module(dataset[np.arange(100)], loss_kwargs={"n_obs_training": 100})
+    output.loss.backward()
+    assert torch.isfinite(output.loss.detach())
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    assert len(trained) > 10
+    for name, parameter in trained:
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
