@@ -123,7 +123,8 @@ def embedding_of(adata: AnnData, key: str | None) -> tuple[str, np.ndarray] | No
     TypeError
         If it is no str.
     """
-    if not key_list(key, "condition_embedding_key", many=False):
+    key_list(key, "condition_embedding_key", many=False)
+    if key is None:
         return None
     if key not in adata.obsm:
         raise KeyError(
