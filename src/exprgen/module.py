@@ -11,14 +11,17 @@ tightens as K grows :cite:p:`burda2016`. The module knows tensors only.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Tensor
 
-from exprgen.densities import ConditionalDensity
 from exprgen.densities._base import gaussian_entropy
-from exprgen.spaces import LatentSpace
+
+if TYPE_CHECKING:
+    from exprgen.densities import ConditionalDensity
+    from exprgen.spaces import LatentSpace
 
 __all__ = ["ExpressionModule"]
 

@@ -9,9 +9,8 @@ the run, validation with fixed noise, and sums that are logged once per epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +21,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 
 from exprgen._errors import TrainingDivergedError
 from exprgen._random import generator
-from exprgen.module import ExpressionModule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from exprgen.module import ExpressionModule
 
 __all__ = [
     "MONITOR",

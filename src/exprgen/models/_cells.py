@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from torch import Tensor
 
 from exprgen._errors import CovariateError, closest, name_some
 from exprgen._matrix import as_reader
 from exprgen._tables import key_list
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 __all__ = ["Cells", "GeneReader", "cell_keys", "library_of", "split_labels"]
 

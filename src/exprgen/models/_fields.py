@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import rich.table
-from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data.fields import BaseAnnDataField, LayerField
 
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import CovariateError, DataQualityWarning, name_some
+
+if TYPE_CHECKING:
+    import rich.table
+    from anndata import AnnData
 
 __all__ = ["CONDITIONS_KEY", "ConditionField", "expression_field"]
 
@@ -28,9 +30,7 @@ CONDITIONS_KEY = "conditions"
 
 def expression_field(layer: str | None) -> LayerField:
     """The matrix to model; already checked, and never rewritten."""
-    return LayerField(
-        REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False
-    )
+    return LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)
 
 
 class ConditionField(BaseAnnDataField):

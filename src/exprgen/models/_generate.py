@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,17 +14,21 @@ from torch import Tensor
 
 from exprgen import _arguments
 from exprgen._random import generator, resolve_seed
+from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
 from exprgen.models._statistics import Moments
-from exprgen.module import ExpressionModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from exprgen.module import ExpressionModule
 
 __all__ = ["GenerateMixin"]
 
-class GenerateMixin:
-    """Verbs that return new cells."""
 
-    module: ExpressionModule
+class GenerateMixin(ModelCore):
+    """Verbs that return new cells."""
 
     @torch.no_grad()
     def sample(
@@ -106,7 +109,9 @@ class GenerateMixin:
             rng=np.random.default_rng([seed, TABLE]),
         )
         n_cells = len(query.table)
-        rows = np.arange(n_cells) // max(n_obs, 1) if conditions is not None else np.arange(n_cells)
+        rows = (
+            np.arange(n_cells) // max(n_obs, 1) if conditions is not None else np.arange(n_cells)
+        )
         log_depth = log_library(library, rows)
         shift = _planted(log_fold_change, rows, self.var_names)
         drawn = []
@@ -119,7 +124,9 @@ class GenerateMixin:
             depth = None if log_depth is None else log_depth[part].to(self._device)
             y, location = self.module.sample(c, noise, log_depth=depth, effect=effect)
             counts = self.module.space.likelihood.draw(location, noise).numpy()
-            drawn.append((sparse.csr_matrix(counts), self.module.space.log_depth(y, c).exp().cpu().numpy()))
+            drawn.append(
+                (sparse.csr_matrix(counts), self.module.space.log_depth(y, c).exp().cpu().numpy())
+            )
         counts = _stack([counts for counts, _ in drawn], len(self.var_names))
         depths = np.concatenate([depth for _, depth in drawn] or [np.zeros(0)])
         return self._synthetic(query, counts, depths, seed)

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
-from anndata import AnnData
 
-from exprgen import _arguments, _slots, _validate
-from exprgen._errors import GeneMismatchError
+from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
-from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
-from exprgen.models._fields import encode_cells
+from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks
-from exprgen.models._query import CELL, Query
-from exprgen.module import ExpressionModule
+from exprgen.models._query import CELL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import sparse
+    from anndata import AnnData
 
 __all__ = ["InferMixin"]
 
 logger = logging.getLogger("exprgen")
 
 
-class InferMixin:
-    """Verbs about given cells, and how they are read and written."""
-
-    module: ExpressionModule
+class InferMixin(ModelCore):
+    """Verbs about given cells."""
 
     def log_likelihood(
         self,
@@ -47,7 +42,7 @@ class InferMixin:
         progress_bar: bool = True,
         seed: int | None = None,
     ) -> np.ndarray:
-        """log p(x | c) of each cell: an importance-weighted *lower bound*, nats per cell.
+        """Log p(x | c) of each cell: an importance-weighted *lower bound*, nats per cell.
 
         The bound tightens with ``n_samples`` and is evaluated in float64. With a size factor it
         is log p(x | depth, c).
@@ -230,107 +225,6 @@ class InferMixin:
         place, shape = np.concatenate(places, 1), (len(cells), len(columns), n_samples)
         coo = sparse.COO(place[:n_dims], np.concatenate(values), shape=shape[:n_dims])
         return sparse.GCXS.from_coo(coo)
-
-    # How cells are read and results written ------------------------------------------------
-
-    def _own_data(self) -> AnnData:
-        if self.adata is None:
-            raise ValueError(
-                f"This {type(self).__name__} was loaded without data: give an AnnData."
-            )
-        return self.adata
-
-    def _cells(
-        self, adata: AnnData | None, indices: Any = None, *, unseen: str = "error"
-    ) -> Cells:
-        """Check and encode cells, without changing the object they come in."""
-        _arguments.check_choice(unseen, "unseen", ("error", "null"))
-        adata = self._own_data() if adata is None else adata
-        layer = self._setup_args["layer"]
-        summary = _validate.check_query_data(
-            adata,
-            layer,
-            needs_counts=self.needs_counts,
-            allow_non_integer=self._setup_args["allow_non_integer"],
-        )
-        order = _validate.align_genes(adata.var_names, self.var_names)
-        reader = GeneReader(_validate.matrix_of(adata, layer), order)
-        totals = summary.row_totals if order is None else reader.totals()
-        library = library_of(adata, self._setup_args["size_factor_key"], totals)
-        codes = encode_cells(self.schema, adata, unseen=unseen)
-        rows = np.arange(adata.n_obs)
-        if indices is not None:
-            rows = _arguments.check_indices(indices, adata.n_obs)
-        split = split_labels(cell_keys(adata, totals), self.cell_keys_)
-        return Cells(adata, reader, rows, codes[rows], library[rows], split)
-
-    def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
-        """Column of ``adata`` for each of the model's genes; layers need all of them and no more.
-
-        Raises
-        ------
-        GeneMismatchError
-            If ``adata`` has other genes, so that a layer cannot hold the results.
-        """
-        order = _validate.align_genes(adata.var_names, self.var_names, quiet=quiet)
-        if adata.n_vars != len(self.var_names):
-            raise GeneMismatchError(
-                f"adata has {adata.n_vars} genes, the model {len(self.var_names)}: a layer cannot "
-                "hold the results. Give adata[:, model.var_names].copy(), or genes=[...] to write "
-                "to obsm."
-            )
-        return order
-
-    def _write(
-        self,
-        adata: AnnData,
-        verb: str,
-        values: Mapping[str, np.ndarray],
-        info: dict[str, Any],
-        *,
-        split: pd.Categorical | None,
-        selected: np.ndarray | None,
-        key_added: str,
-        overwrite: bool,
-        copy: bool,
-    ) -> AnnData:
-        """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``adata``'s genes."""
-        order = self._check_same_genes(adata) if selected is None else None
-        if order is not None:
-            place = np.argsort(order)
-            values = {name: array[:, place] for name, array in values.items()}
-        target = _slots.target(adata, copy)
-        _slots.write(
-            target,
-            key_added,
-            verb,
-            model=type(self).__name__,
-            layers=values,
-            obs={} if split is None else {"split": split},
-            info=info,
-            var_names=None if selected is None else list(self.var_names[selected]),
-            overwrite=overwrite,
-        )
-        return target
-
-    def _split_of(self, adata: AnnData) -> pd.Categorical | None:
-        """Whether each cell was trained on; ``None`` without counts of the model's genes."""
-        layer = self._setup_args["layer"]
-        matrix = adata.X if layer is None else adata.layers.get(layer)
-        if matrix is None or not self.var_names.isin(adata.var_names).all():
-            return None
-        order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
-        totals = GeneReader(matrix, order).totals()
-        return split_labels(cell_keys(adata, totals), self.cell_keys_)
-
-    def _new_adata(self, query: Query) -> AnnData:
-        """An AnnData with a row per condition and no counts, to write to."""
-        obs = self.schema.restore(query.table)
-        obs.index = obs.index.astype(str)
-        adata = AnnData(obs=obs, var=pd.DataFrame(index=self.var_names))
-        if query.embedding is not None:
-            adata.obsm[self.schema.embedding_key] = query.embedding
-        return adata
 
 
 def _check_writable(adata: AnnData, indices: Any, key_added: str | None) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,20 +13,21 @@ from torch import Tensor
 
 from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
+from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
 from exprgen.models._query import CELL, TABLE, Query, ask, log_library, with_batch
 from exprgen.models._statistics import Moments, predictive_of_cell, predictive_of_mean
-from exprgen.module import ExpressionModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["PredictMixin"]
 
 logger = logging.getLogger("exprgen")
 
 
-class PredictMixin:
+class PredictMixin(ModelCore):
     """Verbs that write statistics into an AnnData."""
-
-    module: ExpressionModule
 
     def predict(
         self,
@@ -246,7 +245,9 @@ class PredictMixin:
                 for code in codes:
                     decoded = c if code is None else space.features.with_batch(c, code)
                     location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
-                    expected = expected + space.likelihood.signal(location)[:, columns] / len(codes)
+                    expected = expected + space.likelihood.signal(location)[:, columns] / len(
+                        codes
+                    )
                 moments.add(expected)
             results["denoised"][part] = moments.mean.cpu().numpy()
             results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from anndata import AnnData
+from typing import TYPE_CHECKING, Any, Literal
 
 from exprgen import _arguments
 from exprgen.densities import Mixture
@@ -12,6 +10,9 @@ from exprgen.likelihoods import ContaminatedNegativeBinomial, NegativeBinomial
 from exprgen.models._base import GenerativeModel
 from exprgen.module import ExpressionModule
 from exprgen.spaces import LatentSpace
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 __all__ = ["NBVAE"]
 
@@ -49,7 +50,9 @@ class NBVAE(GenerativeModel):
     --------
     >>> import exprgen
     >>> adata = exprgen.datasets.pbmc68k_reduced()
-    >>> exprgen.NBVAE.setup_anndata(adata, layer="counts", categorical_condition_keys=["cell_type"])
+    >>> exprgen.NBVAE.setup_anndata(
+    ...     adata, layer="counts", categorical_condition_keys=["cell_type"]
+    ... )
     >>> model = exprgen.NBVAE(adata, seed=0)
     >>> model.train()
     >>> synthetic = model.sample({"cell_type": "CD19+ B"}, n_obs=100)
@@ -72,38 +75,24 @@ class NBVAE(GenerativeModel):
     ) -> None:
         _arguments.check_choice(likelihood, "likelihood", tuple(_LIKELIHOODS))
         super().__init__(adata, registry, seed=seed)
-        self._set_module(
-            {
-                "n_latent": n_latent,
-                "n_hidden": n_hidden,
-                "n_layers": n_layers,
-                "dropout": dropout,
-                "n_components": n_components,
-                "likelihood": likelihood,
-            }
-        )
-        self.init_params_ = self._get_init_params(locals())
-
-    def _build_module(
-        self,
-        *,
-        n_latent: int,
-        n_hidden: int,
-        n_layers: int,
-        dropout: float,
-        n_components: int,
-        likelihood: str,
-    ) -> ExpressionModule:
+        shape = {
+            "n_latent": n_latent,
+            "n_hidden": n_hidden,
+            "n_layers": n_layers,
+            "dropout": dropout,
+        }
         n_vars = len(self.var_names)
-        space = LatentSpace(
-            n_vars,
-            self.schema.layout,
-            _LIKELIHOODS[likelihood](n_vars),
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            dropout=dropout,
-            depth_is_observed=self._setup_args["size_factor_key"] is not None,
-        )
-        density = Mixture(space.n_dims, space.features.n_features, n_components=n_components)
-        return ExpressionModule(space, density)
+
+        def build() -> ExpressionModule:
+            space = LatentSpace(
+                n_vars,
+                self.schema.layout,
+                _LIKELIHOODS[likelihood](n_vars),
+                depth_is_observed=self._setup_args["size_factor_key"] is not None,
+                **shape,
+            )
+            density = Mixture(space.n_dims, space.features.n_features, n_components=n_components)
+            return ExpressionModule(space, density)
+
+        self._set_module(build, {**shape, "n_components": n_components, "likelihood": likelihood})
+        self.init_params_ = self._get_init_params(locals())

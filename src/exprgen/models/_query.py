@@ -8,9 +8,8 @@ cells of one row share them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,12 @@ import torch
 from anndata import AnnData
 
 from exprgen._arguments import check_choice
-from exprgen._conditions import ConditionSchema
-from exprgen._observed import ObservedConditions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from exprgen._conditions import ConditionSchema
+    from exprgen._observed import ObservedConditions
 
 __all__ = ["CELL", "DONOR", "TABLE", "Query", "ask", "log_library", "with_batch"]
 
@@ -103,7 +106,9 @@ def ask(
         logger.info("%r is not given: every row of conditions is a new donor.", donor)
         table = table.assign(**{donor: [NEW_DONOR.format(i) for i in range(len(table))]})
     rows = np.repeat(np.arange(len(table)), n_obs)
-    table = observed.complete(table.iloc[rows], marginalize, rng) if marginalize else table.iloc[rows]
+    table = (
+        observed.complete(table.iloc[rows], marginalize, rng) if marginalize else table.iloc[rows]
+    )
     embedding = None if embedding is None else embedding[rows]
     codes = schema.encode(table, embedding, unseen=unseen, on_extrapolation=on_extrapolation)
     observed.report_unseen(table, on_extrapolation=on_extrapolation)

@@ -10,20 +10,17 @@ import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import anndata as ad
-import numpy as np
 from anndata import AnnData
 from scvi.model._utils import parse_device_args
 
 from exprgen import _arguments, _files, _validate
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import ReproducibilityWarning
+from exprgen.models._core import ModelCore
 from exprgen.models._fields import CONDITIONS_KEY
-
-if TYPE_CHECKING:
-    from exprgen.models._base import GenerativeModel
 
 __all__ = ["SaveMixin"]
 
@@ -32,7 +29,7 @@ logger = logging.getLogger("exprgen")
 ADATA_FILE = "adata.h5ad"
 
 
-class SaveMixin:
+class SaveMixin(ModelCore):
     """Model folders."""
 
     def save(
@@ -171,7 +168,7 @@ class SaveMixin:
         return model
 
     @classmethod
-    def _adopt(cls: type[GenerativeModel], adata: AnnData, registry: dict[str, Any]) -> AnnData:
+    def _adopt(cls, adata: AnnData, registry: dict[str, Any]) -> AnnData:
         """Set up ``adata`` as the saved model's data was; a copy if its genes are re-ordered."""
         state = registry["field_registries"]["X"]["state_registry"]
         order = _validate.align_genes(adata.var_names, state["column_names"])

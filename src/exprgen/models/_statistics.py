@@ -16,14 +16,17 @@ probability or a little more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exprgen.module import ExpressionModule
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from exprgen.module import ExpressionModule
 
 __all__ = ["Moments", "Predictive", "order_statistics", "predictive_of_cell", "predictive_of_mean"]
 

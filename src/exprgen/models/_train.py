@@ -6,23 +6,19 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from anndata import AnnData
 from scvi.train import TrainRunner
 
 from exprgen import _arguments, _validate
-from exprgen._conditions import ConditionSchema
 from exprgen._errors import TrainingDivergedError, closest
 from exprgen._random import isolated
 from exprgen.models._cells import GeneReader, cell_keys, library_of
+from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged, encode_cells
-from exprgen.module import ExpressionModule
 from exprgen.spaces import DataMoments
 from exprgen.train import (
     MONITOR,
@@ -34,18 +30,16 @@ from exprgen.train import (
     default_max_epochs,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["TrainMixin"]
 
 logger = logging.getLogger("exprgen")
 
 
-class TrainMixin:
+class TrainMixin(ModelCore):
     """Training of a :class:`~exprgen.models.GenerativeModel`."""
-
-    adata: AnnData | None
-    schema: ConditionSchema
-    module: ExpressionModule
-    seed_: int
 
     def train(
         self,

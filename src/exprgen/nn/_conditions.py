@@ -6,11 +6,14 @@ embedding dimension, and one each for batch and donor codes; -1 stands for *unkn
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from exprgen._conditions import ConditionLayout
+if TYPE_CHECKING:
+    from exprgen._conditions import ConditionLayout
 
 __all__ = ["ConditionFeatures"]
 
@@ -33,9 +36,7 @@ class ConditionFeatures(nn.Module):
         )
         self._batch_column = self._numbers.stop
         self._donor_column = self._numbers.stop + (layout.n_batch > 0)
-        self.n_features = (
-            1 + sum(layout.n_categories) + layout.n_continuous + layout.n_embedding
-        )
+        self.n_features = 1 + sum(layout.n_categories) + layout.n_continuous + layout.n_embedding
 
     def conditions(self, c: Tensor) -> Tensor:
         """What is generated on: a constant 1, one-hot labels, numbers, ``(n_obs, n_features)``.

@@ -13,15 +13,18 @@ user's, the modelled genes need not add up to it, and ρ is an exponential inste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from exprgen._conditions import ConditionLayout
-from exprgen.likelihoods import Likelihood
 from exprgen.nn import ConditionFeatures, Decoder, Encoder
 from exprgen.spaces._depth import Depth
 from exprgen.spaces._donor import DonorEffect
+
+if TYPE_CHECKING:
+    from exprgen._conditions import ConditionLayout
+    from exprgen.likelihoods import Likelihood
 
 __all__ = ["DataMoments", "LatentSpace"]
 
@@ -139,7 +142,7 @@ class LatentSpace(nn.Module):
         return torch.cat([mean, last_mean[:, None]], 1), torch.cat([sd, last_sd[:, None]], 1)
 
     def log_composition(self, z: Tensor, c: Tensor) -> Tensor:
-        """log ρ(z, c), ``(n_obs, n_vars)``: log mean per unit of depth, without a donor."""
+        """Log ρ(z, c), ``(n_obs, n_vars)``: log mean per unit of depth, without a donor."""
         logits = self.decoder(z, self._inputs(c))
         return logits if self.depth.observed else logits.log_softmax(-1)
 

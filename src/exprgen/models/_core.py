@@ -1,0 +1,310 @@
+"""What all verbs share: setup, the state of a model, how cells are read and results written."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi.data import AnnDataManager
+from scvi.model.base import BaseModelClass
+
+from exprgen import _arguments, _slots, _validate
+from exprgen._conditions import ConditionSchema
+from exprgen._errors import GeneMismatchError, closest
+from exprgen._observed import ObservedConditions
+from exprgen._random import isolated, resolve_seed
+from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
+from exprgen.models._fields import (
+    CONDITIONS_KEY,
+    ConditionField,
+    encode_cells,
+    expression_field,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from exprgen.models._query import Query
+    from exprgen.module import ExpressionModule
+
+__all__ = ["ModelCore"]
+
+_SCVI_WORDS = {
+    "labels_key": "categorical_condition_keys",
+    "categorical_covariate_keys": "batch_key (nuisance) or categorical_condition_keys (generated)",
+    "continuous_covariate_keys": "continuous_condition_keys",
+}
+
+
+class ModelCore(BaseModelClass):
+    """Setup and state of a model, how it reads cells and where it writes results."""
+
+    needs_counts: ClassVar[bool]
+    """Whether the likelihood is one of counts."""
+
+    module: ExpressionModule
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(adata, registry)
+        self.seed_ = resolve_seed(seed)
+        self.schema = ConditionSchema.from_dict(self._setup_state["schema"])
+        self.cell_keys_: dict[str, np.ndarray] = {}
+        self.conditions_: dict[str, Any] | None = None
+        if adata is not None:
+            self._observe(np.arange(adata.n_obs))
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        donor_key: str | None = None,
+        categorical_condition_keys: list[str] | None = None,
+        continuous_condition_keys: list[str] | None = None,
+        condition_embedding_key: str | None = None,
+        size_factor_key: str | None = None,
+        allow_non_integer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Say which parts of ``adata`` are modelled, and in which role.
+
+        Nothing of ``adata`` is changed except for scvi-tools' two ``_scvi_*`` identifiers in
+        ``uns``. All values are checked here, before anything is registered.
+
+        Parameters
+        ----------
+        adata
+            Cells × genes; not a view.
+        layer
+            Layer to model; ``None`` is ``adata.X``.
+        batch_key
+            Column of obs that is *nuisance*: it reaches the decoder and the depth, never the
+            latent representation.
+        donor_key
+            Column of obs whose labels are a sample of many: a random effect.
+        categorical_condition_keys, continuous_condition_keys
+            Columns of obs that cells are generated on.
+        condition_embedding_key
+            Key of obsm with one vector per cell to generate on.
+        size_factor_key
+            Column of obs that stands for the cells' depth, instead of their totals.
+        allow_non_integer
+            Whether counts may have fractions (ambient-corrected ones do).
+        **kwargs
+            ``source_registry`` of a saved model, passed to
+            :meth:`scvi.data.AnnDataManager.register_fields`.
+
+        Raises
+        ------
+        TypeError, KeyError, SetupError, CovariateError
+            If an argument or the data cannot be used; the message says where and what to do.
+
+        Warns
+        -----
+        DataQualityWarning
+            If something looks unlike what was meant.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        cls._check_setup_words(kwargs)
+        summary = _validate.check_setup_data(
+            adata, layer, needs_counts=cls.needs_counts, allow_non_integer=allow_non_integer
+        )
+        source = kwargs.get("source_registry")
+        if source is None:
+            schema = ConditionSchema.fit(
+                adata.obs,
+                categorical=categorical_condition_keys,
+                continuous=continuous_condition_keys,
+                batch=batch_key,
+                donor=donor_key,
+                embedding=_validate.embedding_of(adata, condition_embedding_key),
+            )
+        else:
+            state = source["field_registries"][CONDITIONS_KEY]["state_registry"]
+            schema = ConditionSchema.from_dict(state["schema"])
+        library_of(adata, size_factor_key, summary.row_totals)
+        extra = {"data_kind": "counts" if cls.needs_counts else "continuous"}
+        manager = AnnDataManager(
+            fields=[expression_field(layer), ConditionField(schema, extra)],
+            setup_method_args=setup_method_args,
+        )
+        manager.register_fields(adata, **kwargs)
+        cls.register_manager(manager)
+
+    @classmethod
+    def _check_setup_words(cls, kwargs: dict[str, Any]) -> None:
+        """Refuse keywords that scvi-tools would swallow."""
+        for word in kwargs.keys() - {"source_registry"}:
+            if word in _SCVI_WORDS:
+                hint = f" In exprgen this is {_SCVI_WORDS[word]}."
+            else:
+                hint = closest(word, inspect.signature(cls.setup_anndata).parameters)
+            raise TypeError(f"setup_anndata() got an unexpected argument {word!r}.{hint}")
+
+    @property
+    def _setup_state(self) -> dict[str, Any]:
+        return self.registry_["field_registries"][CONDITIONS_KEY]["state_registry"]
+
+    @property
+    def _setup_args(self) -> dict[str, Any]:
+        return self.registry_["setup_args"]
+
+    @property
+    def var_names(self) -> pd.Index:
+        """Names of the modelled genes, in the model's order."""
+        state = self.registry_["field_registries"]["X"]["state_registry"]
+        return pd.Index(np.asarray(state["column_names"], dtype=object))
+
+    def _set_module(self, build: Callable[[], ExpressionModule], shape: Mapping[str, Any]) -> None:
+        """Build the module with the model's seed; the caller's random streams go on as before."""
+        with isolated(self.seed_):
+            self.module = build()
+        words = ", ".join(f"{key}={value}" for key, value in shape.items())
+        self._model_summary_string = f"{type(self).__name__} with {words}"
+
+    @property
+    def _observed(self) -> ObservedConditions:
+        if self.conditions_ is None:
+            raise RuntimeError("This model has seen no data yet.")
+        return ObservedConditions.from_dict(self.conditions_, self.schema)
+
+    def _observe(self, rows: np.ndarray) -> None:
+        """Remember which combinations of conditions the given cells have."""
+        table, _ = self.schema.parse(self.adata, argument="adata")
+        self.conditions_ = ObservedConditions.fit(self.schema, table.iloc[rows]).to_dict()
+
+    @property
+    def conditions(self) -> pd.DataFrame:
+        """What the model can be asked: combinations of conditions and batch, most frequent first.
+
+        ``n_train`` counts the training cells (before training: all registered cells). Continuous
+        conditions of more than 20 values are summarised by minimum, median and maximum.
+        """
+        if self.conditions_ is None:
+            return pd.DataFrame()
+        return self._observed.frame
+
+    def __repr__(self) -> str:
+        state = "trained" if self.is_trained_ else "not trained"
+        return f"{self._model_summary_string}, {len(self.var_names)} genes, {state}"
+
+    def _check_trained(self) -> None:
+        if not self.is_trained_:
+            raise RuntimeError(f"This {type(self).__name__} is not trained: call train() first.")
+
+    @property
+    def _device(self) -> torch.device:
+        return self.module.device
+
+    # How cells are read and results written ------------------------------------------------
+
+    def _own_data(self) -> AnnData:
+        if self.adata is None:
+            raise ValueError(
+                f"This {type(self).__name__} was loaded without data: give an AnnData."
+            )
+        return self.adata
+
+    def _cells(
+        self, adata: AnnData | None, indices: Any = None, *, unseen: str = "error"
+    ) -> Cells:
+        """Check and encode cells, without changing the object they come in."""
+        _arguments.check_choice(unseen, "unseen", ("error", "null"))
+        adata = self._own_data() if adata is None else adata
+        layer = self._setup_args["layer"]
+        summary = _validate.check_query_data(
+            adata,
+            layer,
+            needs_counts=self.needs_counts,
+            allow_non_integer=self._setup_args["allow_non_integer"],
+        )
+        order = _validate.align_genes(adata.var_names, self.var_names)
+        reader = GeneReader(_validate.matrix_of(adata, layer), order)
+        totals = summary.row_totals if order is None else reader.totals()
+        library = library_of(adata, self._setup_args["size_factor_key"], totals)
+        codes = encode_cells(self.schema, adata, unseen=unseen)
+        rows = np.arange(adata.n_obs)
+        if indices is not None:
+            rows = _arguments.check_indices(indices, adata.n_obs)
+        split = split_labels(cell_keys(adata, totals), self.cell_keys_)
+        return Cells(adata, reader, rows, codes[rows], library[rows], split)
+
+    def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
+        """Column of ``adata`` for each of the model's genes; layers need all of them and no more.
+
+        Raises
+        ------
+        GeneMismatchError
+            If ``adata`` has other genes, so that a layer cannot hold the results.
+        """
+        order = _validate.align_genes(adata.var_names, self.var_names, quiet=quiet)
+        if adata.n_vars != len(self.var_names):
+            raise GeneMismatchError(
+                f"adata has {adata.n_vars} genes, the model {len(self.var_names)}: a layer cannot "
+                "hold the results. Give adata[:, model.var_names].copy(), or genes=[...] to write "
+                "to obsm."
+            )
+        return order
+
+    def _write(
+        self,
+        adata: AnnData,
+        verb: str,
+        values: Mapping[str, np.ndarray],
+        info: dict[str, Any],
+        *,
+        split: pd.Categorical | None,
+        selected: np.ndarray | None,
+        key_added: str,
+        overwrite: bool,
+        copy: bool,
+    ) -> AnnData:
+        """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``adata``'s genes."""
+        order = self._check_same_genes(adata) if selected is None else None
+        if order is not None:
+            place = np.argsort(order)
+            values = {name: array[:, place] for name, array in values.items()}
+        target = _slots.target(adata, copy)
+        _slots.write(
+            target,
+            key_added,
+            verb,
+            model=type(self).__name__,
+            layers=values,
+            obs={} if split is None else {"split": split},
+            info=info,
+            var_names=None if selected is None else list(self.var_names[selected]),
+            overwrite=overwrite,
+        )
+        return target
+
+    def _split_of(self, adata: AnnData) -> pd.Categorical | None:
+        """Whether each cell was trained on; ``None`` without counts of the model's genes."""
+        layer = self._setup_args["layer"]
+        matrix = adata.X if layer is None else adata.layers.get(layer)
+        if matrix is None or not self.var_names.isin(adata.var_names).all():
+            return None
+        order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
+        totals = GeneReader(matrix, order).totals()
+        return split_labels(cell_keys(adata, totals), self.cell_keys_)
+
+    def _new_adata(self, query: Query) -> AnnData:
+        """An AnnData with a row per condition and no counts, to write to."""
+        obs = self.schema.restore(query.table)
+        obs.index = obs.index.astype(str)
+        adata = AnnData(obs=obs, var=pd.DataFrame(index=self.var_names))
+        if query.embedding is not None:
+            adata.obsm[self.schema.embedding_key] = query.embedding
+        return adata
