@@ -13,12 +13,15 @@ only, about one in ten of a droplet experiment; the form is exact, and stays fin
 
 Droplet data hold isolated counts that no dispersion explains: a gene seen at most twice in any
 cell, and 40 times in one. A negative binomial answers such a count with a tiny :math:`\theta`, and
-then every other cell is drawn too dispersed. The *contaminated* negative binomial gives them a
-component of their own, the same for all genes and cells, as Tukey's contaminated normal does:
+then every other cell is drawn too dispersed. The *contaminated* negative binomial, after Tukey's
+contaminated normal, replaces a share :math:`\varepsilon` of the counts that are not 0 by geometric
+numbers:
 
 .. math::
-    p(x) = (1-\varepsilon)\,\mathrm{NB}(x; \mu, \theta)
-           + \varepsilon\,(1-q)\,q^{x-1}\,[x \ge 1].
+    p(0) = \mathrm{NB}(0), \qquad
+    p(x) = (1-\varepsilon)\,\mathrm{NB}(x)
+           + \varepsilon\,(1-\mathrm{NB}(0))\,(1-q)\,q^{x-1} \quad (x \ge 1).
+
 """
 
 from __future__ import annotations
@@ -93,7 +96,6 @@ def draw_negative_binomial(
     log_mean: Tensor,
     log_dispersion: Tensor,
     generator: torch.Generator,
-    uniform: Tensor | None = None,
 ) -> Tensor:
     """Draw counts: inversion of the distribution function where the mean is small.
 
@@ -109,8 +111,6 @@ def draw_negative_binomial(
         ``(n_vars,)`` or ``(n_obs, n_vars)``.
     generator
         A CPU generator; the global one is not touched.
-    uniform
-        Numbers in [0, 1) to invert at, ``(n_obs, n_vars)`` float64; drawn where ``None``.
 
     Returns
     -------
@@ -121,8 +121,7 @@ def draw_negative_binomial(
     log_p0 = _log_prob_at_zero(log_mean, log_dispersion)
     counts = torch.zeros_like(log_mean, dtype=torch.float32)
     # Double precision: a float32 uniform number cannot reach quantiles beyond 1 - 6e-8.
-    if uniform is None:
-        uniform = torch.rand(log_mean.shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(log_mean.shape, generator=generator, dtype=torch.float64)
     large = log_mean > np.log(_INVERSION_MAX_MEAN)
     todo = ((uniform > log_p0.exp()) & ~large).nonzero(as_tuple=True)
     counts[todo] = _invert(uniform[todo], s[todo].double(), log_dispersion[todo].double().exp())
@@ -173,16 +172,12 @@ class Likelihood(nn.Module, ABC):
         """Draw data, ``(n_obs, n_vars)``."""
 
     @abstractmethod
-    def signal(self, location: Tensor) -> Tensor:
-        """Part of the expected value that scales with depth, ``(n_obs, n_vars)``."""
-
-    def background(self) -> Tensor | float:
-        """Part of the expected value that does not, the same for all cells."""
-        return 0.0
-
     def mean(self, location: Tensor) -> Tensor:
         """Expected value, ``(n_obs, n_vars)``."""
-        return self.signal(location) + self.background()
+
+    def signal(self, location: Tensor) -> Tensor:
+        """Expected value without outliers, ``(n_obs, n_vars)``: what denoising is after."""
+        return self.mean(location)
 
     @abstractmethod
     def variance(self, location: Tensor) -> Tensor:
@@ -216,7 +211,7 @@ class NegativeBinomial(Likelihood):
             location.cpu(), self.log_dispersion.detach().cpu(), generator
         )
 
-    def signal(self, location: Tensor) -> Tensor:
+    def mean(self, location: Tensor) -> Tensor:
         """``exp(location)``, in counts."""
         return location.exp()
 
@@ -227,9 +222,7 @@ class NegativeBinomial(Likelihood):
 
 
 class ContaminatedNegativeBinomial(NegativeBinomial):
-    """Negative binomial counts of which a learned share are outliers; location = log mean.
-
-    Outliers are geometric from 1 up, with one rate and one mean for all genes and cells.
+    """Negative binomial counts, some of which are outliers; location = log mean without them.
 
     Parameters
     ----------
@@ -239,12 +232,12 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     def __init__(self, n_vars: int) -> None:
         super().__init__(n_vars)
-        self.outlier_logit = nn.Parameter(torch.tensor(-8.0))
+        self.outlier_logit = nn.Parameter(torch.tensor(-6.0))
         self.decay_logit = nn.Parameter(torch.tensor(2.0))
 
     @property
     def outlier_rate(self) -> Tensor:
-        """Share ε of all counts, zeros included, that are outliers."""
+        """Share ε of the non-zero counts that are outliers."""
         return torch.sigmoid(self.outlier_logit)
 
     @property
@@ -254,48 +247,48 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
-        log_dispersion = self.log_dispersion.to(location.dtype)
-        outlier_logit = self.outlier_logit.to(location.dtype)
-        decay_logit = self.decay_logit.to(location.dtype)
-        at_zero = _log_prob_at_zero(location, log_dispersion)
-        rows, (counts, from_zero), terms = _at_nonzero(
-            x.to(location.dtype), location, log_dispersion
+        dtype = location.dtype
+        log_dispersion, outlier_logit, decay_logit = (
+            parameter.to(dtype)
+            for parameter in (self.log_dispersion, self.outlier_logit, self.decay_logit)
         )
-        log_clean = logsigmoid(-outlier_logit)
-        log_outlier = logsigmoid(outlier_logit) + logsigmoid(-decay_logit)
-        log_outlier = log_outlier + (counts - 1) * logsigmoid(decay_logit)
-        mixed = torch.logaddexp(log_clean + from_zero + terms, log_outlier)
-        total = at_zero.sum(-1) + x.shape[-1] * log_clean
-        return total.index_add(0, rows, mixed - from_zero - log_clean)
+        rows, (counts, log_zero), terms = _at_nonzero(x.to(dtype), location, log_dispersion)
+        clean = logsigmoid(-outlier_logit) + log_zero + terms
+        geometric = logsigmoid(-decay_logit) + (counts - 1) * logsigmoid(decay_logit)
+        tiny = torch.finfo(dtype).tiny
+        log_detected = (-torch.expm1(log_zero)).clamp(min=tiny).log()
+        outlier = logsigmoid(outlier_logit) + log_detected + geometric
+        at_zero = _log_prob_at_zero(location, log_dispersion).sum(-1)
+        return at_zero.index_add(0, rows, torch.logaddexp(clean, outlier) - log_zero)
 
     def draw(self, location: Tensor, generator: torch.Generator) -> Tensor:
         """Integer counts as float32, on the CPU."""
-        rate = float(self.outlier_rate.detach())
-        # One uniform number decides on the outlier, and what is left of it on the count.
-        uniform = torch.rand(location.shape, generator=generator, dtype=torch.float64)
-        outliers = (uniform >= 1 - rate).nonzero(as_tuple=True)
-        uniform /= 1 - rate
-        uniform[outliers] = 0
-        counts = draw_negative_binomial(
-            location.cpu(), self.log_dispersion.detach().cpu(), generator, uniform
-        )
-        tail = torch.rand(len(outliers[0]), generator=generator, dtype=torch.float64)
+        counts = super().draw(location, generator)
+        detected = counts.nonzero()
+        uniform = torch.rand(2, len(detected), generator=generator, dtype=torch.float64)
+        outliers = uniform[0] < self.outlier_rate.detach().cpu()
         log_decay = logsigmoid(self.decay_logit.detach().double()).cpu()
-        counts[outliers] = 1 + torch.floor(torch.log1p(-tail) / log_decay).float()
+        geometric = 1 + torch.floor(torch.log1p(-uniform[1, outliers]) / log_decay)
+        counts[detected[outliers].unbind(1)] = geometric.float()
         return counts
 
-    def signal(self, location: Tensor) -> Tensor:
-        """``(1 - ε) exp(location)``, in counts."""
-        return (1 - self.outlier_rate) * location.exp()
+    def mean(self, location: Tensor) -> Tensor:
+        """Of the mixture, in counts."""
+        rate = self.outlier_rate
+        return (1 - rate) * location.exp() + rate * self._detected(location) * self.outlier_mean
 
-    def background(self) -> Tensor:
-        """Mean count from outliers, of every gene in every cell."""
-        return self.outlier_rate * self.outlier_mean
+    def signal(self, location: Tensor) -> Tensor:
+        """``exp(location)``, in counts."""
+        return location.exp()
 
     def variance(self, location: Tensor) -> Tensor:
         """Of the mixture, in counts squared."""
-        clean, rate, mean = super().variance(location), self.outlier_rate, self.outlier_mean
-        # Within the components (a geometric number from 1 up has m² - m), and between them: as a
-        # difference of squares it would lose its digits at large means.
-        within = (1 - rate) * clean + rate * mean * (mean - 1)
-        return within + rate * (1 - rate) * (location.exp() - mean).square()
+        rate, outlier = self.outlier_rate, self.outlier_mean
+        clean = super().variance(location) + location.exp().square()
+        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
+        large = self._detected(location) * outlier * (2 * outlier - 1)
+        return (1 - rate) * clean + rate * large - self.mean(location).square()
+
+    def _detected(self, location: Tensor) -> Tensor:
+        """Probability of a count that is not 0, ``(n_obs, n_vars)``."""
+        return -torch.expm1(_log_prob_at_zero(location, self.log_dispersion))

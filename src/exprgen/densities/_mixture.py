@@ -34,6 +34,9 @@ class Mixture(ConditionalDensity):
         Width of the hidden layer through which conditions interact.
     """
 
+    _rows: Tensor
+    _columns: Tensor
+
     def __init__(
         self, n_dims: int, n_features: int, *, n_components: int = 10, n_hidden: int = 64
     ) -> None:
@@ -43,22 +46,17 @@ class Mixture(ConditionalDensity):
         self._sizes = [1, n_dims, n_dims, n_off_diagonal]
         n_outputs = n_components * sum(self._sizes)
         self.linear = nn.Linear(n_features, n_outputs, bias=False)
-        self.interaction = nn.Sequential(
-            nn.Linear(n_features, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_outputs)
-        )
+        last = nn.Linear(n_hidden, n_outputs)
+        self.interaction = nn.Sequential(nn.Linear(n_features, n_hidden), nn.SiLU(), last)
+        # Spread the means, everything else at 0: unit covariances, equal weights.
+        for parameter in (self.linear.weight, last.weight, last.bias):
+            nn.init.zeros_(parameter)
+        with torch.no_grad():
+            start = self.linear.weight[:, 0].view(n_components, sum(self._sizes))
+            start[:, 1 : 1 + n_dims] = torch.randn(n_components, n_dims)
         rows, columns = torch.triu_indices(n_dims, n_dims, offset=1)
         self.register_buffer("_rows", rows, persistent=False)
         self.register_buffer("_columns", columns, persistent=False)
-        self._initialize(n_outputs)
-
-    def _initialize(self, n_outputs: int) -> None:
-        """Spread the means, everything else at 0: unit covariances, equal weights."""
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.interaction[-1].weight)
-        nn.init.zeros_(self.interaction[-1].bias)
-        with torch.no_grad():
-            start = self.linear.weight[:, 0].view(self.n_components, sum(self._sizes))
-            start[:, 1 : 1 + self.n_dims] = torch.randn(self.n_components, self.n_dims)
 
     def _components(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights ``(n, K)``, means ``(n, K, d)`` and whitening matrices ``(n, K, d, d)``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 
@@ -27,7 +29,8 @@ def coverage(lower: np.ndarray, upper: np.ndarray, x: np.ndarray) -> float:
     ValueError
         A lower end above its upper end.
     """
-    dense = (v.toarray() if sparse.issparse(v) else v for v in (lower, upper, x))
+    given: tuple[Any, ...] = lower, upper, x
+    dense = (v.toarray() if sparse.issparse(v) else v for v in given)
     lower, upper, x = np.broadcast_arrays(*dense)
     n_crossed = int((lower > upper).sum())
     if n_crossed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scvi import REGISTRY_KEYS
@@ -111,7 +111,9 @@ def check_unchanged(schema: ConditionSchema, digests: dict[str, str], adata: Ann
         raise CovariateError(f"{name_some(changed)} changed since setup_anndata. {remedy}")
 
 
-def encode_cells(schema: ConditionSchema, adata: AnnData, *, unseen: str = "error") -> np.ndarray:
+def encode_cells(
+    schema: ConditionSchema, adata: AnnData, *, unseen: Literal["error", "null"] = "error"
+) -> np.ndarray:
     """Encoded conditions of an AnnData's cells, ``(n_obs, width)``, range not checked."""
     table, embedding = schema.parse(adata, argument="adata")
     with warnings.catch_warnings():

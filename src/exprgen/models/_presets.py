@@ -75,7 +75,7 @@ class NBVAE(GenerativeModel):
     ) -> None:
         _arguments.check_choice(likelihood, "likelihood", tuple(_LIKELIHOODS))
         super().__init__(adata, registry, seed=seed)
-        shape = {
+        shape: dict[str, Any] = {
             "n_latent": n_latent,
             "n_hidden": n_hidden,
             "n_layers": n_layers,

@@ -127,8 +127,10 @@ def with_batch(
     rng: np.random.Generator,
 ) -> pd.DataFrame:
     """Draw each row's batch where it is not given, or unseen and ``unseen="null"``."""
-    key = schema.batch_key
-    if key is None or (key in table and unseen == "error"):
+    if schema.batch is None:
+        return table
+    key = schema.batch.key
+    if key in table and unseen == "error":
         return table
     drawn = observed.complete(table.drop(columns=key, errors="ignore"), [key], rng)[key]
     if key in table:
@@ -151,7 +153,7 @@ def _check_marginalize(schema: ConditionSchema, marginalize: Sequence[str]) -> l
     return list(marginalize)
 
 
-def log_library(library: str | float | np.ndarray, rows: np.ndarray) -> Tensor | None:
+def log_library(library: str | float | np.ndarray, rows: np.ndarray) -> torch.Tensor | None:
     """Fixed log depths of the cells, ``(n_cells,)``; ``None`` where they are to be sampled."""
     if isinstance(library, str):
         if library != "sampled":

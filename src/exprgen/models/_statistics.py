@@ -7,7 +7,8 @@ With m the log mean without donor and u the donor's log factor, the variance of 
     \underbrace{\mathrm{Var}(e^m)\,E\,e^{2u}}_{\text{latent}} +
     \underbrace{(E\,e^m)^2\,\mathrm{Var}(e^u)}_{\text{donor}},
 
-the donor's term in closed form because its factor stands outside the softmax. Quantiles are order
+the donor's term in closed form because its factor stands outside the softmax (outliers, which do
+not scale with it exactly, are taken to). Quantiles are order
 statistics of n draws, at ranks :math:`\lfloor q(n+1)\rfloor` below the median and
 :math:`\lceil q(n+1)\rceil` above: a new draw falls between two of them with the nominal
 probability or a little more.
@@ -36,8 +37,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.n = 0
-        self.mean: Tensor | float = 0.0
-        self._square: Tensor | float = 0.0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self._square = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         """Take in one more draw."""
@@ -48,7 +49,7 @@ class Moments:
 
     def variance(self) -> Tensor:
         """Unbiased variance; 0 of a single draw."""
-        return torch.as_tensor(self._square) / max(self.n - 1, 1)
+        return self._square / max(self.n - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,17 @@ def predictive_of_cell(
 ) -> Predictive:
     """Law of one cell's counts from ``location`` ``(n_samples, n_vars)``, without donor effect."""
     likelihood, donors = module.space.likelihood, module.space.donors
-    # Depth and donors scale the signal; a background of outliers stays as it is.
-    expected = likelihood.signal(location).double()
+    expected = likelihood.mean(location).double()
     mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
-    factor, donor_variance = 1.0, None
+    donor_variance = None
     if donors is not None:
         u_mean, u_variance = (moment.double() for moment in donors.law(donor))
-        factor = (u_mean + u_variance / 2).exp()
-        second = (2 * u_mean + 2 * u_variance).exp()
-        donor_variance = _array(mean.square() * (second - factor.square()))
-        latent = latent * second
+        first, second = (u_mean + u_variance / 2).exp(), (2 * u_mean + 2 * u_variance).exp()
+        donor_variance = _array(mean.square() * (second - first.square()))
+        mean, latent = mean * first, latent * second
         location = location + donors.draw(donor, len(location), generator).to(location)
     return Predictive(
-        mean=_array(mean * factor + likelihood.background()),
+        mean=_array(mean),
         decoder=_array(likelihood.variance(location).double().mean(0)),
         latent=_array(latent),
         donor=donor_variance,
@@ -121,8 +120,7 @@ def predictive_of_mean(
             else donors.draw_heavy(len(location), generator)
         )
         likelihood = module.space.likelihood
-        signal = likelihood.signal(location).double().mean(0)
-        centre = _array(signal * effect.double().exp() + likelihood.background())
+        centre = _array(likelihood.mean(location).double().mean(0) * effect.double().exp())
     draws = np.clip(centre + np.sqrt(within) * noise, 0, None)
     return Predictive(cell.mean, cell.decoder * share, cell.latent * share, cell.donor, draws)
 

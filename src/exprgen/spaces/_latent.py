@@ -13,6 +13,7 @@ user's, the modelled genes need not add up to it, and ρ is an exponential inste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,7 +87,7 @@ class LatentSpace(nn.Module):
         self.features = ConditionFeatures(layout)
         n_features = self.features.n_features
         n_inputs = n_features + layout.n_batch
-        shape = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
+        shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
         self.encoder = Encoder(n_vars, n_features, n_latent, **shape)
         self.decoder = Decoder(n_latent, n_inputs, n_vars, **shape)
         self.likelihood = likelihood
@@ -102,7 +103,7 @@ class LatentSpace(nn.Module):
 
         Dispersions are the method of moments given each cell's depth,
         Σ((x - Lρ)² - Lρ) = Σ L²ρ²/θ, shrunk to a common value where counts are too few to tell.
-        They include the differences between cells that the latent will explain: θ grows from there.
+        They include differences between cells that the latent will explain: θ grows from there.
         """
         inputs = self._inputs(moments.conditions)
         self.depth.fit(moments.library, inputs, self.features.donor(moments.conditions))
