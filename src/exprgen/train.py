@@ -177,8 +177,9 @@ class GenerativeTrainingPlan(TrainingPlan):
         Training cells, for the terms of the loss that belong to all of them.
     lr
         Largest learning rate of the networks.
-    density_lr_factor, dispersion_lr_factor
-        Rates of the density and of the likelihood's own parameters, as multiples of ``lr``.
+    density_lr_factor, dispersion_lr_factor, donor_lr_factor
+        Rates of the density, of the likelihood's own parameters and of the donors' effects, as
+        multiples of ``lr``: each has its own scale and is slow to converge at the networks' rate.
     weight_decay
         AdamW's, on weight matrices of the networks only.
     kl_warmup
@@ -199,6 +200,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         lr: float = 2e-3,
         density_lr_factor: float = 5.0,
         dispersion_lr_factor: float = 20.0,
+        donor_lr_factor: float = 10.0,
         weight_decay: float = 1e-4,
         kl_warmup: float = 0.2,
         lr_warmup: float = 0.2,
@@ -209,6 +211,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         self.n_cells = n_obs_training
         self.density_lr_factor = density_lr_factor
         self.dispersion_lr_factor = dispersion_lr_factor
+        self.donor_lr_factor = donor_lr_factor
         self.lr_warmup = lr_warmup
         self.seed = seed
         self.last_loss = torch.tensor(math.nan)
@@ -277,20 +280,25 @@ class GenerativeTrainingPlan(TrainingPlan):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with rates by role, over one cycle of the learning rate."""
-        likelihood = [p for p in self.module.space.likelihood.parameters() if p.requires_grad]
-        density = list(self.module.density.parameters())
-        special = {id(p) for p in [*likelihood, *density]}
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        networks = [p for p in trained if id(p) not in special]
-        # Decay shrinks weight matrices; biases, norms and random effects have their own scale.
-        weights = [p for n, p in self.module.named_parameters() if n.endswith(".weight")]
-        decayed = {id(p) for p in weights if p.dim() > 1}
-        groups = [
-            {"params": [p for p in networks if id(p) in decayed], "lr": self.lr},
-            {"params": [p for p in networks if id(p) not in decayed], "weight_decay": 0.0},
-            {"params": density, "lr": self.lr * self.density_lr_factor, "weight_decay": 0.0},
-            {"params": likelihood, "lr": self.lr * self.dispersion_lr_factor, "weight_decay": 0.0},
+        space = self.module.space
+        factors = {
+            self.module.density: self.density_lr_factor,
+            space.likelihood: self.dispersion_lr_factor,
+            space.donors: self.donor_lr_factor,
+        }
+        special = [
+            {"params": list(part.parameters()), "lr": self.lr * factor, "weight_decay": 0.0}
+            for part, factor in factors.items()
+            if part is not None
         ]
+        taken = {id(p) for group in special for p in group["params"]}
+        trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        networks = [(n, p) for n, p in trained if id(p) not in taken]
+        # Decay shrinks weight matrices; biases and norms have their own scale.
+        decayed = [p for n, p in networks if n.endswith(".weight") and p.dim() > 1]
+        others = [p for n, p in networks if not (n.endswith(".weight") and p.dim() > 1)]
+        groups: list[dict[str, Any]]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}, *special]
         optimizer = torch.optim.AdamW(
             groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay
         )
