@@ -283,11 +283,13 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     def variance(self, location: Tensor) -> Tensor:
         """Of the mixture, in counts squared."""
-        rate, outlier = self.outlier_rate, self.outlier_mean
-        clean = super().variance(location) + location.exp().square()
-        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
-        large = self._detected(location) * outlier * (2 * outlier - 1)
-        return (1 - rate) * clean + rate * large - self.mean(location).square()
+        rate, detected = self.outlier_rate, self._detected(location)
+        outlier, kept = self.outlier_mean, super().variance(location)
+        # Within and between what is kept and what is replaced (zeros stay): as a difference of
+        # squares it would lose its digits at large means.
+        replaced = detected * outlier * ((2 - detected) * outlier - 1)
+        between = rate * (1 - rate) * (location.exp() - detected * outlier).square()
+        return (1 - rate) * kept + rate * replaced + between
 
     def _detected(self, location: Tensor) -> Tensor:
         """Probability of a count that is not 0, ``(n_obs, n_vars)``."""
