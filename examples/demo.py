@@ -113,9 +113,7 @@ def draw(train, test, synthetic, folder: Path) -> None:
     figures = {
         "umap": exprgen.pl.embedding(both, groupby="cell_type", return_fig=True),
         "moments": exprgen.pl.moments(test, shown, control=train, return_fig=True),
-        "uncertainty": exprgen.pl.uncertainty(
-            test, MARKERS, groupby="cell_type", return_fig=True
-        ),
+        "uncertainty": exprgen.pl.uncertainty(test, MARKERS, groupby="cell_type", return_fig=True),
     }
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")

@@ -58,13 +58,13 @@ def isolated(seed: int) -> Iterator[None]:
     Training runs through libraries that draw from the global generators; the caller's streams
     go on as if it had not happened.
     """
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  (libraries draw from it)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -123,9 +123,9 @@ def embedding_of(adata: AnnData, key: str | None) -> tuple[str, np.ndarray] | No
     TypeError
         If it is no str.
     """
-    key_list(key, "condition_embedding_key", many=False)
     if key is None:
         return None
+    key_list(key, "condition_embedding_key", many=False)
     if key not in adata.obsm:
         raise KeyError(
             f"condition_embedding_key={key!r} is not in adata.obsm; there are: "

@@ -47,6 +47,9 @@ __all__ = [
 _INVERSION_MAX_MEAN = 16.0
 # The recursion of the probabilities stops here; the far tail is inverted by scipy.
 _INVERSION_MAX_COUNT = 63
+# The inverse dispersion that genes start from, and what it weighs against a gene's own counts,
+# as a sum of squared expected counts.
+_PRIOR_DISPERSION, _PRIOR_EVIDENCE = 5.0, 50.0
 
 
 def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
@@ -164,6 +167,17 @@ class Likelihood(nn.Module, ABC):
     """Whether draws are counts."""
 
     @abstractmethod
+    def initialize(self, expected: Tensor, expected_square: Tensor, residual: Tensor) -> None:
+        """Start from the training cells, as if only depth told them apart.
+
+        Parameters
+        ----------
+        expected, expected_square, residual
+            Sums over cells of the expected value Lρ, of its square, and of the squared difference
+            from it, each ``(n_vars,)``.
+        """
+
+    @abstractmethod
     def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
         """Log-probability (counts) or log-density, summed over genes: ``(n_obs,)``, nats."""
 
@@ -198,6 +212,17 @@ class NegativeBinomial(Likelihood):
     def __init__(self, n_vars: int) -> None:
         super().__init__()
         self.log_dispersion = nn.Parameter(torch.zeros(n_vars))
+
+    @torch.no_grad()
+    def initialize(self, expected: Tensor, expected_square: Tensor, residual: Tensor) -> None:
+        """Dispersions by the method of moments, Σ((x - Lρ)² - Lρ) = Σ L²ρ²/θ.
+
+        Where counts are too few to tell they are shrunk to a common value. They include
+        differences between cells that the latent state will explain: θ grows from there.
+        """
+        excess = residual - expected + _PRIOR_EVIDENCE / _PRIOR_DISPERSION
+        overdispersion = excess / (expected_square + _PRIOR_EVIDENCE)
+        self.log_dispersion.copy_(-overdispersion.clamp(1e-2, 1e2).log())
 
     def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
@@ -282,14 +307,14 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         return location.exp()
 
     def variance(self, location: Tensor) -> Tensor:
-        """Of the mixture, in counts squared."""
-        rate, detected = self.outlier_rate, self._detected(location)
-        outlier, kept = self.outlier_mean, super().variance(location)
-        # Within and between what is kept and what is replaced (zeros stay): as a difference of
-        # squares it would lose its digits at large means.
-        replaced = detected * outlier * ((2 - detected) * outlier - 1)
-        between = rate * (1 - rate) * (location.exp() - detected * outlier).square()
-        return (1 - rate) * kept + rate * replaced + between
+        """Of the mixture, in counts squared: within its two parts, and between them."""
+        rate, outlier = self.outlier_rate, self.outlier_mean
+        detected = self._detected(location)
+        background = detected * outlier
+        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
+        of_outliers = background * (2 * outlier - 1) - background.square()
+        between = rate * (1 - rate) * (location.exp() - background).square()
+        return (1 - rate) * super().variance(location) + rate * of_outliers + between
 
     def _detected(self, location: Tensor) -> Tensor:
         """Probability of a count that is not 0, ``(n_obs, n_vars)``."""

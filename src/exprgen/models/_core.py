@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,7 @@ class ModelCore(BaseModelClass):
     """Whether the likelihood is one of counts."""
 
     module: ExpressionModule
+    is_trained_: bool
 
     def __init__(
         self,
@@ -218,7 +219,11 @@ class ModelCore(BaseModelClass):
         return self.adata
 
     def _cells(
-        self, adata: AnnData | None, indices: Any = None, *, unseen: str = "error"
+        self,
+        adata: AnnData | None,
+        indices: Any = None,
+        *,
+        unseen: Literal["error", "null"] = "error",
     ) -> Cells:
         """Check and encode cells, without changing the object they come in."""
         _arguments.check_choice(unseen, "unseen", ("error", "null"))

@@ -228,7 +228,7 @@ class GenerateMixin(ModelCore):
         columns = {name: value for name, value in to.items() if name != key}
         table = source.assign(**columns)
         conditions: dict[str, Any] = {name: table[name].to_numpy() for name in table}
-        if key is not None:
+        if key is not None and embedding is not None:
             conditions[key] = np.broadcast_to(to.get(key, embedding), embedding.shape)
         return conditions
 
@@ -290,15 +290,17 @@ def _planted(
     """Function from a slice of cells to natural-log shifts of their means, ``(n, n_vars)``."""
     if log_fold_change is None:
         return None
-    if not isinstance(log_fold_change, pd.DataFrame):
-        log_fold_change = pd.DataFrame([pd.Series(log_fold_change, dtype=float)])
-    elif len(log_fold_change) != rows.max(initial=-1) + 1:
-        raise ValueError(
-            f"log_fold_change has {len(log_fold_change)} rows, conditions have "
-            f"{rows.max(initial=-1) + 1}: give one per row, or a mapping by gene."
-        )
-    genes = _arguments.check_genes(log_fold_change.columns, var_names)
-    values = log_fold_change.to_numpy(np.float64)
+    if isinstance(log_fold_change, pd.DataFrame):
+        changes, n_rows = log_fold_change, rows.max(initial=-1) + 1
+        if len(changes) != n_rows:
+            raise ValueError(
+                f"log_fold_change has {len(changes)} rows, conditions have {n_rows}: give one "
+                "per row, or a mapping by gene."
+            )
+    else:
+        changes = pd.DataFrame([pd.Series(log_fold_change, dtype=float)])
+    genes = _arguments.check_genes(changes.columns, var_names)
+    values = changes.to_numpy(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("log_fold_change must be finite.")
     table = np.zeros((len(values), len(var_names)), dtype=np.float32)

@@ -140,8 +140,13 @@ class PredictMixin(ModelCore):
                 if name not in results:
                     results[name] = np.empty((len(rows), len(value)), np.float32)
                 results[name][groups[i]] = value
-        info = {"of": of, "n_cells": n_cells or 0, "n_samples": n_samples, "seed": seed}
-        info["quantiles"] = list(quantiles)
+        info: dict[str, Any] = {
+            "of": of,
+            "n_cells": n_cells or 0,
+            "n_samples": n_samples,
+            "seed": seed,
+        }
+        info |= {"quantiles": list(quantiles)}
         return self._write(
             conditions if given else self._new_adata(query),
             "predict",
@@ -241,14 +246,12 @@ class PredictMixin(ModelCore):
             for _ in range(n_samples):
                 y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
                 log_depth = space.log_depth(y, c) if fixed is None else fixed.expand(len(y)).to(y)
-                expected = 0.0
+                expected = []
                 for code in codes:
                     decoded = c if code is None else space.features.with_batch(c, code)
                     location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
-                    expected = expected + space.likelihood.signal(location)[:, columns] / len(
-                        codes
-                    )
-                moments.add(expected)
+                    expected.append(space.likelihood.signal(location)[:, columns])
+                moments.add(torch.stack(expected).mean(0))
             results["denoised"][part] = moments.mean.cpu().numpy()
             results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()
         info = {"batch": batch, "library": str(library), "n_samples": n_samples, "seed": seed}
@@ -267,12 +270,14 @@ class PredictMixin(ModelCore):
     def _batches_to_decode(self, batch: str) -> list[int | None]:
         """Codes of the batches to average over; ``None`` is the cell's own."""
         labels = self.schema.batch
-        if batch == "observed" or (batch == "average" and labels is None):
+        if batch == "observed":
             return [None]
+        if labels is None:
+            if batch == "average":
+                return [None]
+            raise ValueError(f"batch={batch!r}: the model has no batch_key.")
         if batch == "average":
             return list(range(len(labels)))
-        if labels is None:
-            raise ValueError(f"batch={batch!r}: the model has no batch_key.")
         column = pd.Series([batch], index=["batch"])
         return [int(labels.encode(column, "batch", unseen="error")[0])]
 

@@ -24,8 +24,8 @@ class NBVAE(GenerativeModel):
 
     Counts are negative binomial given a latent state z and the depth, which are drawn jointly from
     a mixture of Gaussians that depends on the conditions :cite:p:`Lopez2018`. By default a learned
-    share of the counts are outliers, isolated large counts as droplet data have them; without that,
-    each one inflates the dispersion of its gene in all cells.
+    share of the counts are outliers, isolated large counts as droplet data have them; without
+    that, each one inflates the dispersion of its gene in all cells.
 
     Parameters
     ----------

@@ -13,8 +13,7 @@ user's, the modelled genes need not add up to it, and ρ is an exponential inste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Likelihood
 
 __all__ = ["DataMoments", "LatentSpace"]
-
-# The inverse dispersion that genes start from, and what it weighs against a gene's own counts,
-# as a sum of squared expected counts.
-_PRIOR_DISPERSION, _PRIOR_EVIDENCE = 5.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -99,24 +94,15 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def initialize(self, moments: DataMoments) -> None:
-        """Start from the data: the depth regression, mean expression, and dispersions.
-
-        Dispersions are the method of moments given each cell's depth,
-        Σ((x - Lρ)² - Lρ) = Σ L²ρ²/θ, shrunk to a common value where counts are too few to tell.
-        They include differences between cells that the latent will explain: θ grows from there.
-        """
+        """Start from the data: the depth regression, mean expression, and the likelihood."""
         inputs = self._inputs(moments.conditions)
         self.depth.fit(moments.library, inputs, self.features.donor(moments.conditions))
         library, square = moments.library.sum(), moments.library.square().sum()
         # Half a count in all the data for a gene that was never seen.
         rho = moments.x.clamp(min=0.5) / library
         self.decoder.output.bias.copy_(rho.log())
-        excess = moments.x_square - 2 * rho * moments.library_x + rho**2 * square - rho * library
-        evidence = square * rho**2
-        overdispersion = (excess + _PRIOR_EVIDENCE / _PRIOR_DISPERSION) / (
-            evidence + _PRIOR_EVIDENCE
-        )
-        self.likelihood.log_dispersion.copy_(-overdispersion.clamp(1e-2, 1e2).log())
+        residual = moments.x_square - 2 * rho * moments.library_x + rho**2 * square
+        self.likelihood.initialize(rho * library, rho**2 * square, residual)
 
     def _inputs(self, c: Tensor) -> Tensor:
         """Conditions and batch, ``(n_obs, n_inputs)``."""

@@ -120,7 +120,7 @@ def evaluate(
         No counts, too few held-out cells, or too few synthetic cells of a group.
     """
     import pandas as pd
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     if n_repeats < 1:
         raise ValueError(f"n_repeats must be at least 1, got {n_repeats}.")
