@@ -11,7 +11,7 @@ All but the first term vanish where the count is 0, so they are evaluated on the
 only, about one in ten of a droplet experiment; the form is exact, and stays finite for any
 :math:`\theta`.
 
-Droplet data hold isolated counts that no dispersion explains: a gene seen at most twice in any
+Droplet data can hold isolated counts that no dispersion explains: a gene seen at most twice in any
 cell, and 40 times in one. A negative binomial answers such a count with a tiny :math:`\theta`, and
 then every other cell is drawn too dispersed. The *contaminated* negative binomial, after Tukey's
 contaminated normal, replaces a share :math:`\varepsilon` of the counts that are not 0 by geometric
