@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import version as installed_version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "exprgen"
 author = "exprgen contributors"
@@ -54,3 +58,32 @@ nb_execution_mode = "off"
 
 html_theme = "sphinx_book_theme"
 html_title = f"exprgen {version}"
+html_theme_options = {"navbar_persistent": []}  # one search box, the one above the contents
+
+html_static_path = ["_static"]
+html_css_files = ["exprgen.css"]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", _as_sentences, priority=400)
+
+
+def _as_sentences(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keep napoleon, which comes after this, from taking words for types.
+
+    It would read a type in every line of a Returns section that is not indented, and in what
+    stands before the colon in the first line of an attribute.
+    """
+    if what in {"attribute", "data", "property"} and lines:
+        lines[0] = lines[0].replace(": ", " – ", 1)
+    for start in range(len(lines) - 1):
+        if lines[start] == "Returns" and set(lines[start + 1]) == {"-"}:
+            end = start + 2
+            while end < len(lines) and lines[end] and not lines[end].startswith(" "):
+                end += 1
+            if end == len(lines) or not lines[end]:
+                said = " ".join(lines[start + 2 : end])
+                lines[start:end] = ["", "", f":returns: {said}", ""]
+            return

@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of every page of the docs run, top to bottom, page by page.
+"""The Python blocks of every page of the docs run, top to bottom, page by page.
 
 Training is cut to two epochs: what is tested is that a reader can type it, not what comes out.
 """
@@ -25,7 +25,7 @@ def _blocks(page: Path) -> list[tuple[int, str]]:
 
 
 def _pages() -> list[Path]:
-    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+    pages = sorted((PROJECT / "docs").rglob("*.md"))
     built = PROJECT / "docs" / "_build"
     return [page for page in pages if built not in page.parents and _blocks(page)]
 
@@ -53,6 +53,8 @@ def test_every_page_of_the_guide_has_code():
 
 
 def test_api_lists_every_public_name():
-    api = "\n".join((PROJECT / "docs" / page).read_text("utf-8") for page in ("api.md", "models.md"))
+    api = "\n".join(
+        (PROJECT / "docs" / page).read_text("utf-8") for page in ("api.md", "models.md")
+    )
     for name in exprgen.__all__:
         assert re.search(rf"\bexprgen\.{name}\b|autoclass:: {name}\b", api), name
