@@ -146,7 +146,6 @@ class PredictMixin(ModelCore):
             "n_samples": n_samples,
             "seed": seed,
         }
-        info |= {"quantiles": list(quantiles)}
         return self._write(
             conditions if given else self._new_adata(query),
             "predict",
