@@ -144,6 +144,7 @@ class PredictMixin(ModelCore):
             "of": of,
             "n_cells": n_cells or 0,
             "n_samples": n_samples,
+            "quantiles": list(quantiles),
             "seed": seed,
         }
         return self._write(
