@@ -39,8 +39,8 @@ def resolve_seed(seed: int | None) -> int:
         return int(np.random.SeedSequence().generate_state(1)[0])
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seed must be an integer or None, got {seed!r}.")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}.")
     return int(seed)
 
 

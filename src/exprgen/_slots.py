@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["quantile_name", "target", "write"]
+__all__ = ["check_key", "quantile_name", "target", "write"]
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -48,6 +48,12 @@ def quantile_name(quantile: float) -> str:
     """Name a quantile by its percentage: 0.05 is ``"q05"``, 0.025 ``"q02.5"``, 0.95 ``"q95"``."""
     whole, _, rest = f"{100 * quantile:.10g}".partition(".")
     return f"q{whole:0>2}{'.' * bool(rest)}{rest}"
+
+
+def check_key(key: object) -> None:
+    """Refuse what cannot be the prefix of names in a file."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"key_added must be a name without '/', got {key!r}.")
 
 
 def write(
@@ -101,8 +107,7 @@ def write(
     TypeError
         If ``info`` holds what a file cannot.
     """
-    if not key or "/" in key:
-        raise ValueError(f"key_added must be a name without '/', got {key!r}.")
+    check_key(key)
     genes = None if var_names is None else list(var_names)
     slots = _named(adata, key, layers or {}, obsm or {}, obs or {}, genes)
     entry = _storable(info, "info") | {"slots": _strings(slots)}

@@ -47,6 +47,8 @@ __all__ = [
 _INVERSION_MAX_MEAN = 16.0
 # The recursion of the probabilities stops here; the far tail is inverted by scipy.
 _INVERSION_MAX_COUNT = 63
+# Larger means are no counts of molecules, and the largest draws would not fit an integer.
+_LARGEST_LOG_MEAN = np.log(1e9)
 # The inverse dispersion that genes start from, and what it weighs against a gene's own counts,
 # as a sum of squared expected counts.
 _PRIOR_DISPERSION, _PRIOR_EVIDENCE = 5.0, 50.0
@@ -118,7 +120,18 @@ def draw_negative_binomial(
     Returns
     -------
     Counts ``(n_obs, n_vars)``, float32.
+
+    Raises
+    ------
+    ValueError
+        If a mean is above 1e9 or not a number.
     """
+    largest = float(log_mean.max()) if log_mean.numel() else 0.0
+    if not largest <= _LARGEST_LOG_MEAN:
+        raise ValueError(
+            f"Means of up to exp({largest:.3g}) cannot be drawn as counts: the conditions are too "
+            "far outside what training saw, or library or log_fold_change is too large."
+        )
     log_dispersion = log_dispersion.expand_as(log_mean)
     s = log_mean - log_dispersion
     log_p0 = _log_prob_at_zero(log_mean, log_dispersion)

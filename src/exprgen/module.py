@@ -129,7 +129,8 @@ class ExpressionModule(BaseModuleClass):
         if log_depth is not None:
             last = self.space.depth.standardise(log_depth, self.space.depth_offset(c))
         y = self.density.sample(self.space.features.conditions(c), generator, last)
-        return y, self.space.decode(y, c, effect)
+        location = self.space.decode(y, c, effect)
+        return y, location if log_depth is None else self.space.at_depth(location, log_depth)
 
     @torch.no_grad()
     def log_likelihood(

@@ -104,14 +104,16 @@ def library_of(adata: AnnData, size_factor_key: str | None, totals: np.ndarray) 
     return values
 
 
-def cell_keys(adata: AnnData, totals: np.ndarray) -> np.ndarray:
+def cell_keys(adata: AnnData, reader: GeneReader) -> np.ndarray:
     """A 64-bit key of each cell from its name and total, ``(n_obs,)``.
 
     Barcodes repeat between experiments, totals hardly do at the same barcode: together they say
     whether a cell was trained on, without keeping its name.
     """
+    # Rounded, because the order of genes changes the last digits of a sum of fractions.
+    totals = reader.totals().astype(np.float32)
     names = pd.util.hash_array(adata.obs_names.to_numpy(dtype=object))
-    return names ^ pd.util.hash_array(np.asarray(totals, dtype=np.float64))
+    return names ^ pd.util.hash_array(totals)
 
 
 def split_labels(keys: np.ndarray, known: dict[str, np.ndarray]) -> pd.Categorical:

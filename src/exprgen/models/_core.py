@@ -138,7 +138,7 @@ class ModelCore(BaseModelClass):
         library_of(adata, size_factor_key, summary.row_totals)
         extra = {"data_kind": "counts" if cls.needs_counts else "continuous"}
         manager = AnnDataManager(
-            fields=[expression_field(layer), ConditionField(schema, extra)],
+            fields=[expression_field(layer), ConditionField(schema, size_factor_key, extra)],
             setup_method_args=setup_method_args,
         )
         manager.register_fields(adata, **kwargs)
@@ -243,7 +243,7 @@ class ModelCore(BaseModelClass):
         rows = np.arange(adata.n_obs)
         if indices is not None:
             rows = _arguments.check_indices(indices, adata.n_obs)
-        split = split_labels(cell_keys(adata, totals), self.cell_keys_)
+        split = split_labels(cell_keys(adata, reader), self.cell_keys_)
         return Cells(adata, reader, rows, codes[rows], library[rows], split)
 
     def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
@@ -302,8 +302,7 @@ class ModelCore(BaseModelClass):
         if matrix is None or not self.var_names.isin(adata.var_names).all():
             return None
         order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
-        totals = GeneReader(matrix, order).totals()
-        return split_labels(cell_keys(adata, totals), self.cell_keys_)
+        return split_labels(cell_keys(adata, GeneReader(matrix, order)), self.cell_keys_)
 
     def _new_adata(self, query: Query) -> AnnData:
         """An AnnData with a row per condition and no counts, to write to."""

@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from scvi import REGISTRY_KEYS
 from scvi.data.fields import BaseAnnDataField, LayerField
 
@@ -40,13 +41,18 @@ class ConditionField(BaseAnnDataField):
     ----------
     schema
         Fitted to the object that will be registered, or taken from a saved model.
+    size_factor_key
+        Column of obs with the cells' depths, if any.
     extra
-        Further plain state to keep in the registry (kind of data, size factor).
+        Further plain state to keep in the registry.
     """
 
-    def __init__(self, schema: ConditionSchema, extra: dict[str, Any]) -> None:
+    def __init__(
+        self, schema: ConditionSchema, size_factor_key: str | None, extra: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.schema = schema
+        self.size_factor_key = size_factor_key
         self.extra = extra
 
     registry_key = CONDITIONS_KEY
@@ -59,7 +65,7 @@ class ConditionField(BaseAnnDataField):
 
     def register_field(self, adata: AnnData) -> dict[str, Any]:
         """Schema, digests and extra state, plain types only."""
-        digests = condition_digests(self.schema, adata)
+        digests = condition_digests(self.schema, adata, self.size_factor_key)
         return {"schema": self.schema.to_dict(), "digests": digests, **self.extra}
 
     def transfer_field(
@@ -67,7 +73,8 @@ class ConditionField(BaseAnnDataField):
     ) -> dict[str, Any]:
         """Register another object under the schema of the first."""
         schema = ConditionSchema.from_dict(state_registry["schema"])
-        return {**state_registry, "digests": condition_digests(schema, adata_target)}
+        digests = condition_digests(schema, adata_target, self.size_factor_key)
+        return {**state_registry, "digests": digests}
 
     def get_summary_stats(self, state_registry: dict) -> dict[str, int]:
         """How many conditions there are."""
@@ -82,8 +89,10 @@ class ConditionField(BaseAnnDataField):
         return {}
 
 
-def condition_digests(schema: ConditionSchema, adata: AnnData) -> dict[str, str]:
-    """Digest of each condition as the model reads it, by key."""
+def condition_digests(
+    schema: ConditionSchema, adata: AnnData, size_factor_key: str | None
+) -> dict[str, str]:
+    """Digest of each condition and the size factors as the model reads them, by key."""
     codes = encode_cells(schema, adata)
     keys = [*schema.categorical_keys, *schema.continuous_keys]
     blocks = {key: codes[:, [i]] for i, key in enumerate(keys)}
@@ -92,18 +101,25 @@ def condition_digests(schema: ConditionSchema, adata: AnnData) -> dict[str, str]
         blocks[schema.embedding_key] = codes[:, start : start + schema.layout.n_embedding]
         start += schema.layout.n_embedding
     blocks |= {key: codes[:, [start + i]] for i, key in enumerate(schema.nuisance_keys)}
+    if size_factor_key is not None:
+        blocks[size_factor_key] = pd.to_numeric(adata.obs[size_factor_key]).to_numpy(np.float64)
     return {
         key: hashlib.sha256(np.ascontiguousarray(block).tobytes()).hexdigest()
         for key, block in blocks.items()
     }
 
 
-def check_unchanged(schema: ConditionSchema, digests: dict[str, str], adata: AnnData) -> None:
+def check_unchanged(
+    schema: ConditionSchema,
+    digests: dict[str, str],
+    adata: AnnData,
+    size_factor_key: str | None,
+) -> None:
     """Refuse cells whose conditions were edited after setup."""
     remedy = "Run setup_anndata again and create a new model, or restore the values."
     try:
-        now = condition_digests(schema, adata)
-    except CovariateError as error:
+        now = condition_digests(schema, adata, size_factor_key)
+    except (CovariateError, KeyError) as error:
         what = f"Conditions changed since setup_anndata: {error}"
         raise CovariateError(f"{what} {remedy}") from error
     changed = [key for key in now if now[key] != digests[key]]

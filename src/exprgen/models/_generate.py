@@ -12,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from exprgen import _arguments
+from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks
@@ -20,7 +20,7 @@ from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
 from exprgen.models._statistics import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from exprgen.module import ExpressionModule
 
@@ -109,24 +109,19 @@ class GenerateMixin(ModelCore):
             rng=np.random.default_rng([seed, TABLE]),
         )
         n_cells = len(query.table)
-        rows = (
-            np.arange(n_cells) // max(n_obs, 1) if conditions is not None else np.arange(n_cells)
-        )
-        log_depth = log_library(library, rows)
-        shift = _planted(log_fold_change, rows, self.var_names)
-        drawn = []
+        log_depth = log_library(library, query.rows, query.n_rows)
+        planted = _planted(log_fold_change, query, self.var_names)
+        space, drawn = self.module.space, []
         for block, part in blocks(n_cells, "Sampling", show=progress_bar):
             noise = generator(seed, CELL, block)
             effect = _donor_effects(self.module, query.codes[part], query.donors[part], seed)
-            if shift is not None:
-                effect = shift(part) if effect is None else effect + shift(part)
             c = torch.from_numpy(query.codes[part]).to(self._device)
             depth = None if log_depth is None else log_depth[part].to(self._device)
             y, location = self.module.sample(c, noise, log_depth=depth, effect=effect)
-            counts = self.module.space.likelihood.draw(location, noise).numpy()
-            drawn.append(
-                (sparse.csr_matrix(counts), self.module.space.log_depth(y, c).exp().cpu().numpy())
-            )
+            if planted is not None:
+                location = location + planted(part).to(location)
+            counts = space.likelihood.draw(location, noise).numpy()
+            drawn.append((sparse.csr_matrix(counts), space.log_depth(y, c).exp().cpu().numpy()))
         counts = _stack([counts for counts, _ in drawn], len(self.var_names))
         depths = np.concatenate([depth for _, depth in drawn] or [np.zeros(0)])
         return self._synthetic(query, counts, depths, seed)
@@ -176,6 +171,7 @@ class GenerateMixin(ModelCore):
         """
         self._check_trained()
         _arguments.check_positive_int(n_samples, "n_samples")
+        _slots.check_key(key_added)
         seed = resolve_seed(seed)
         cells = self._cells(adata, indices)
         source, embedding = self.schema.parse(cells.adata, argument="adata")
@@ -225,7 +221,12 @@ class GenerateMixin(ModelCore):
             raise ValueError(f"to must name a condition to change: {self.schema.condition_keys}.")
         self.schema.parse(to, argument="to")
         key = self.schema.embedding_key
-        columns = {name: value for name, value in to.items() if name != key}
+        # By position, as everywhere, also where a value is a Series.
+        columns = {
+            name: value if np.ndim(value) == 0 else np.asarray(value)
+            for name, value in to.items()
+            if name != key
+        }
         table = source.assign(**columns)
         conditions: dict[str, Any] = {name: table[name].to_numpy() for name in table}
         if key is not None and embedding is not None:
@@ -284,29 +285,29 @@ def _donor_effects(
 
 def _planted(
     log_fold_change: Mapping[str, float] | pd.Series | pd.DataFrame | None,
-    rows: np.ndarray,
+    query: Query,
     var_names: pd.Index,
-) -> Any:
+) -> Callable[[slice], torch.Tensor] | None:
     """Function from a slice of cells to natural-log shifts of their means, ``(n, n_vars)``."""
     if log_fold_change is None:
         return None
     if isinstance(log_fold_change, pd.DataFrame):
-        changes, n_rows = log_fold_change, rows.max(initial=-1) + 1
-        if len(changes) != n_rows:
+        changes, rows = log_fold_change, query.rows
+        if len(changes) != query.n_rows:
             raise ValueError(
-                f"log_fold_change has {len(changes)} rows, conditions have {n_rows}: give one "
-                "per row, or a mapping by gene."
+                f"log_fold_change has {len(changes)} rows, conditions have {query.n_rows}: give "
+                "one per row, or a mapping by gene."
             )
     else:
-        changes = pd.DataFrame([pd.Series(log_fold_change, dtype=float)])
+        series = pd.Series(log_fold_change, dtype=float)
+        changes = pd.DataFrame([series.to_numpy()], columns=list(series.index))
+        rows = np.zeros(len(query.rows), dtype=np.int64)
     genes = _arguments.check_genes(changes.columns, var_names)
     values = changes.to_numpy(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("log_fold_change must be finite.")
     table = np.zeros((len(values), len(var_names)), dtype=np.float32)
     table[:, genes] = values * np.log(2)
-    if len(table) == 1:
-        return lambda part: torch.from_numpy(table)
     return lambda part: torch.from_numpy(table[rows[part]])
 
 

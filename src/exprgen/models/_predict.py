@@ -12,6 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from exprgen import _arguments, _slots
+from exprgen._errors import CovariateError
 from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
@@ -110,6 +111,8 @@ class PredictMixin(ModelCore):
             if selected is None:
                 self._check_same_genes(conditions, quiet=False)
         split = self._split_of(conditions) if given else None
+        if of == "mean":
+            self._check_batch_given(conditions)
         query = ask(
             self.schema,
             self._observed,
@@ -120,7 +123,7 @@ class PredictMixin(ModelCore):
             rng=np.random.default_rng([seed, TABLE]),
         )
         rows = np.arange(len(query.table))
-        log_depth = log_library("sampled" if library is None else library, rows)
+        log_depth = log_library("sampled" if library is None else library, rows, len(rows))
         distinct = query.codes if log_depth is None else np.c_[query.codes, log_depth.numpy()]
         _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
         names = [_slots.quantile_name(q) for q in quantiles]
@@ -158,6 +161,15 @@ class PredictMixin(ModelCore):
             overwrite=overwrite,
             copy=copy,
         )
+
+    def _check_batch_given(self, conditions: pd.DataFrame | Mapping[str, Any] | AnnData) -> None:
+        """A mean's interval holds donors and cells, not batches: those must be known."""
+        table, _ = self.schema.parse(conditions)
+        if self.schema.batch_key is not None and self.schema.batch_key not in table:
+            raise CovariateError(
+                f"of='mean' needs the batch: give {self.schema.batch_key!r} in conditions. Its "
+                "interval would otherwise leave out how much batches differ."
+            )
 
     def _locations(
         self,
@@ -226,7 +238,9 @@ class PredictMixin(ModelCore):
         self._check_trained()
         _arguments.check_positive_int(n_samples, "n_samples")
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
-        fixed = None if library == "observed" else log_library(library, np.zeros(1, int))
+        fixed = None
+        if not (isinstance(library, str) and library == "observed"):
+            fixed = log_library(_number(library), np.zeros(1, int), 1)
         seed = resolve_seed(seed)
         adata = self._own_data() if adata is None else adata
         cells = self._cells(adata, unseen="error" if batch == "observed" else "null")
@@ -250,6 +264,8 @@ class PredictMixin(ModelCore):
                 for code in codes:
                     decoded = c if code is None else space.features.with_batch(c, code)
                     location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
+                    if fixed is not None:
+                        location = space.at_depth(location, log_depth)
                     expected.append(space.likelihood.signal(location)[:, columns])
                 moments.add(torch.stack(expected).mean(0))
             results["denoised"][part] = moments.mean.cpu().numpy()
@@ -283,3 +299,10 @@ class PredictMixin(ModelCore):
 
 
 _DENOISED = ("denoised", "denoised_std")
+
+
+def _number(library: Any) -> float:
+    """The depth that all cells are given."""
+    if isinstance(library, bool) or not isinstance(library, int | float | np.number):
+        raise ValueError(f"library must be 'observed' or a number, got {library!r}.")
+    return float(library)

@@ -74,6 +74,15 @@ class NBVAE(GenerativeModel):
         likelihood: Literal["contaminated_nb", "nb"] = "contaminated_nb",
     ) -> None:
         _arguments.check_choice(likelihood, "likelihood", tuple(_LIKELIHOODS))
+        for name, value in (
+            ("n_latent", n_latent),
+            ("n_hidden", n_hidden),
+            ("n_layers", n_layers),
+            ("n_components", n_components),
+        ):
+            _arguments.check_positive_int(value, name)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}.")
         super().__init__(adata, registry, seed=seed)
         shape: dict[str, Any] = {
             "n_latent": n_latent,

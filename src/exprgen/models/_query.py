@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,12 +42,15 @@ class Query:
     ``table`` ``(n, ...)`` holds labels and values as the caller knows them, ``codes``
     ``(n, width)`` what the module reads, ``embedding`` ``(n, d)`` the raw embedding,
     ``donors`` ``(n,)`` a number per donor label: rows with the same number share one effect.
+    ``rows`` ``(n,)`` says which of the caller's ``n_rows`` rows each comes from.
     """
 
     table: pd.DataFrame
     codes: np.ndarray
     embedding: np.ndarray | None
     donors: np.ndarray
+    rows: np.ndarray
+    n_rows: int
 
 
 def ask(
@@ -104,8 +108,9 @@ def ask(
     donor = schema.donor_key
     if donor is not None and donor not in table:
         logger.info("%r is not given: every row of conditions is a new donor.", donor)
-        table = table.assign(**{donor: [NEW_DONOR.format(i) for i in range(len(table))]})
-    rows = np.repeat(np.arange(len(table)), n_obs)
+        table = table.assign(**{donor: _new_donors(schema, len(table))})
+    n_rows = len(table)
+    rows = np.repeat(np.arange(n_rows), n_obs)
     table = (
         observed.complete(table.iloc[rows], marginalize, rng) if marginalize else table.iloc[rows]
     )
@@ -115,7 +120,14 @@ def ask(
     donors = np.zeros(len(table), dtype=np.int64)
     if donor is not None:
         donors = pd.factorize(table[donor].astype(object))[0]
-    return Query(table, codes, embedding, donors)
+    return Query(table, codes, embedding, donors, rows, n_rows)
+
+
+def _new_donors(schema: ConditionSchema, n: int) -> list[str]:
+    """Labels of new donors that no known donor has."""
+    known = set() if schema.donor is None else {str(label) for label in schema.donor.labels}
+    free = (NEW_DONOR.format(i) for i in count())
+    return list(islice((label for label in free if label not in known), n))
 
 
 def with_batch(
@@ -153,22 +165,30 @@ def _check_marginalize(schema: ConditionSchema, marginalize: Sequence[str]) -> l
     return list(marginalize)
 
 
-def log_library(library: str | float | np.ndarray, rows: np.ndarray) -> torch.Tensor | None:
-    """Fixed log depths of the cells, ``(n_cells,)``; ``None`` where they are to be sampled."""
-    if isinstance(library, str):
-        if library != "sampled":
-            raise ValueError(f"library must be 'sampled', a number or an array, got {library!r}.")
+def log_library(
+    library: str | float | np.ndarray, rows: np.ndarray, n_rows: int
+) -> torch.Tensor | None:
+    """Fixed log depths of the cells, ``(n_cells,)``; ``None`` where they are to be sampled.
+
+    Parameters
+    ----------
+    library
+        ``"sampled"``, one number, or one for each of the ``n_rows`` rows of conditions.
+    rows
+        Row of conditions of each cell.
+    """
+    if isinstance(library, str) and library == "sampled":
         return None
+    if isinstance(library, str | bool):
+        raise ValueError(f"library must be 'sampled', a number or an array, got {library!r}.")
     values = np.asarray(library, dtype=np.float64)
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise ValueError("library must be positive and finite.")
     if values.ndim == 0:
-        values = np.full(len(rows), float(values))
-    elif values.shape == (rows.max(initial=-1) + 1,):
-        values = values[rows]
-    else:
+        values = np.full(n_rows, float(values))
+    if values.shape != (n_rows,):
         raise ValueError(
-            f"library has shape {values.shape}; give one number, or one for each of the "
-            f"{rows.max(initial=-1) + 1} rows of conditions."
+            f"library has shape {values.shape}; give one number, or one for each of the {n_rows} "
+            "rows of conditions."
         )
-    return torch.from_numpy(np.log(values)).float()
+    return torch.from_numpy(np.log(values[rows])).float()

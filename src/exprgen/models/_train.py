@@ -14,7 +14,7 @@ import torch
 from scvi.train import TrainRunner
 
 from exprgen import _arguments, _validate
-from exprgen._errors import TrainingDivergedError, closest
+from exprgen._errors import closest
 from exprgen._random import isolated
 from exprgen.models._cells import GeneReader, cell_keys, library_of
 from exprgen.models._core import ModelCore
@@ -99,16 +99,21 @@ class TrainMixin(ModelCore):
         """
         if self.adata is None:
             raise ValueError("This model was loaded without data: load(path, adata) to train it.")
-        if batch_size is not None:
-            _arguments.check_positive_int(batch_size, "batch_size")
+        for name, value in (
+            ("batch_size", batch_size),
+            ("early_stopping_patience", early_stopping_patience),
+        ):
+            if value is not None:
+                _arguments.check_positive_int(value, name)
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         trainer_kwargs = dict(trainer_kwargs or {})
         dataset, keys = self._training_cells()
         train_idx, val_idx = self._split(train_size, validation_size, split_key)
         if early_stopping and len(val_idx) == 0:
+            cause = f"train_size={train_size}" if split_key is None else f"split_key={split_key!r}"
             raise ValueError(
-                "early_stopping=True needs validation cells, but train_size="
-                f"{train_size} leaves none. Give train_size < 1 or early_stopping=False."
+                f"early_stopping=True needs validation cells, but {cause} leaves none. Leave some, "
+                "or give early_stopping=False."
             )
         if max_epochs is None:
             max_epochs = default_max_epochs(len(train_idx))
@@ -121,35 +126,38 @@ class TrainMixin(ModelCore):
             if not self.module.initialized:
                 self.module.space.initialize(_moments(dataset, train_idx))
                 self.module.initialized.fill_(True)
-            # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
-            self.module.train()
-            plan = GenerativeTrainingPlan(
-                self.module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
-            )
-            runner = TrainRunner(
-                self,
-                training_plan=plan,
-                data_splitter=data,
-                max_epochs=max_epochs,
-                accelerator=accelerator,
-                devices=devices,
-                early_stopping=early_stopping,
-                early_stopping_monitor=MONITOR,
-                early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 4),
-                check_val_every_n_epoch=1 if len(val_idx) else None,
-                enable_progress_bar=progress_bar,
-                log_every_n_steps=1,
-                gradient_clip_val=trainer_kwargs.pop("gradient_clip_val", 10.0),
-                callbacks=[keep_best, *trainer_kwargs.pop("callbacks", [])],
-                **trainer_kwargs,
-            )
             try:
+                # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
+                self.module.train()
+                plan = GenerativeTrainingPlan(
+                    self.module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
+                )
+                runner = TrainRunner(
+                    self,
+                    training_plan=plan,
+                    data_splitter=data,
+                    max_epochs=max_epochs,
+                    accelerator=accelerator,
+                    devices=devices,
+                    early_stopping=early_stopping,
+                    early_stopping_monitor=MONITOR,
+                    early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 4),
+                    check_val_every_n_epoch=1 if len(val_idx) else None,
+                    enable_progress_bar=progress_bar,
+                    log_every_n_steps=1,
+                    gradient_clip_val=trainer_kwargs.pop("gradient_clip_val", 10.0),
+                    callbacks=[keep_best, *trainer_kwargs.pop("callbacks", [])],
+                    **trainer_kwargs,
+                )
                 runner()
-            except TrainingDivergedError:
-                self.is_trained_ = keep_best.restore(self.module) or self.is_trained_
-                self.module.eval()
-                self._finish(data, keys)
+            except BaseException:
+                # Whatever stopped it, a model that has weights to answer with can be used.
+                if keep_best.restore(self.module):
+                    self.is_trained_ = True
+                    self._finish(data, keys)
                 raise
+            finally:
+                self.module.eval()
         self._finish(data, keys)
 
     def _finish(self, data: CellDataModule, keys: np.ndarray) -> None:
@@ -161,8 +169,8 @@ class TrainMixin(ModelCore):
 
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""
-        check_unchanged(self.schema, self._setup_state["digests"], self.adata)
-        layer = self._setup_args["layer"]
+        layer, size_factor_key = self._setup_args["layer"], self._setup_args["size_factor_key"]
+        check_unchanged(self.schema, self._setup_state["digests"], self.adata, size_factor_key)
         summary = _validate.check_query_data(
             self.adata,
             layer,
@@ -170,10 +178,9 @@ class TrainMixin(ModelCore):
             allow_non_integer=self._setup_args["allow_non_integer"],
         )
         reader = GeneReader(_validate.matrix_of(self.adata, layer))
-        totals = summary.row_totals
-        library = library_of(self.adata, self._setup_args["size_factor_key"], totals)
+        library = library_of(self.adata, size_factor_key, summary.row_totals)
         codes = encode_cells(self.schema, self.adata)
-        return CellDataset(reader, codes, library), cell_keys(self.adata, totals)
+        return CellDataset(reader, codes, library), cell_keys(self.adata, reader)
 
     def _split(
         self, train_size: float, validation_size: float | None, split_key: str | None
@@ -181,7 +188,7 @@ class TrainMixin(ModelCore):
         """Row numbers of training and validation cells."""
         n_obs = self.adata.n_obs
         if split_key is not None:
-            if split_key not in self.adata.obs:
+            if not isinstance(split_key, str) or split_key not in self.adata.obs:
                 hint = closest(split_key, self.adata.obs.columns)
                 raise KeyError(f"split_key={split_key!r} is no column of obs.{hint}")
             labels = self.adata.obs[split_key].astype(str).to_numpy()
@@ -193,7 +200,11 @@ class TrainMixin(ModelCore):
                 )
             return train, validation
         for name, value in (("train_size", train_size), ("validation_size", validation_size)):
-            if value is not None and not 0 <= value <= 1:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+                raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
+            if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
         if validation_size is None:
             validation_size = 1 - train_size

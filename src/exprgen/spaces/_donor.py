@@ -11,11 +11,14 @@ genes as limma does :cite:p:`smyth2004`: with D donors,
 
 A new donor's effect is a Student t with :math:`D - 1 + \nu_0` degrees of freedom and squared scale
 :math:`(1 + 1/D)\,\tau_g^2`: few donors say little about the next one (with four, a 90 % interval
-spans ±1.9 scales by moderation, ±2.4 without). The factor stands outside
+spans ±1.9 scales by moderation, ±2.4 without). It is centred so that a new donor's mean factor is
+that of the known ones. The factor stands outside
 the softmax, so that its share of a gene's variance has a closed form.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +64,15 @@ class DonorEffect(nn.Module):
         if donor >= 0:
             return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
         variance = self.new_donor_scale().square() * self.dof / (self.dof - 2)
-        return torch.zeros_like(variance), variance
+        return self._log_mean_factor() - variance / 2, variance
+
+    def _log_mean_factor(self) -> Tensor:
+        """Logarithm of the known donors' mean factor, ``(n_vars,)``: a new donor's as well.
+
+        A wider law must not raise the mean, as the exponential of a centred one would.
+        """
+        log_factor = self.posterior_mean + (2 * self.posterior_log_sd).exp() / 2
+        return log_factor.logsumexp(0) - math.log(self.n_donors)
 
     def kl(self) -> Tensor:
         """KL divergence of all donors' posteriors from the prior, a scalar, nats."""
@@ -99,6 +110,7 @@ class DonorEffect(nn.Module):
     def draw_heavy(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw new donors' effects from the t law, ``(n, n_vars)``: for quantiles of means."""
         scale = self.new_donor_scale()
+        centre = self._log_mean_factor() - scale.square() / 2
         noise = torch.randn(n, len(scale), generator=generator)
         gamma = torch._standard_gamma(torch.full((n, 1), self.dof / 2), generator=generator)
-        return scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)
+        return centre + scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)

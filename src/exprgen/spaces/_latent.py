@@ -144,6 +144,15 @@ class LatentSpace(nn.Module):
         location = self.log_composition(z, c) + log_depth[:, None]
         return location if effect is None else location + effect.to(location)
 
+    def at_depth(self, location: Tensor, log_depth: Tensor) -> Tensor:
+        """Log means that add up to a given depth, whatever a donor's factors are.
+
+        Where depth is a size factor, means need not add up to it and are left as they are.
+        """
+        if self.depth.observed:
+            return location
+        return location.log_softmax(-1) + log_depth[:, None]
+
     def log_depth(self, y: Tensor, c: Tensor) -> Tensor:
         """Log depth that y stands for, ``(n_obs,)``."""
         return self.depth.log_depth(y[:, -1], self.depth_offset(c))
