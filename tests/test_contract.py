@@ -224,6 +224,9 @@ def test_statistics_are_complete_and_consistent(case):
         adata.layers["exprgen_denoised"].ravel(), _dense(adata.layers["counts"]).ravel()
     )
     assert correlation.statistic > 0.7
+    if not case.has_donor and "size_factor_key" not in case.roles:
+        case.model.denoise(adata, library=1e4, n_samples=3, seed=0, **QUIET)
+        np.testing.assert_allclose(adata.layers["exprgen_denoised"].sum(1), 1e4, rtol=1e-4)
 
 
 def test_given_cells_are_answered_in_order(case):
@@ -298,9 +301,8 @@ def test_sampled_labels_differ_as_real_ones_do(case):
     assert (np.sign(real[strong]) == np.sign(drawn[strong])).all()
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "embedding" in c.id], indirect=True)
 def test_a_quantity_and_an_embedding_change_what_is_sampled(case):
-    if not case.has_embedding:
-        pytest.skip("no such condition")
     counts, dose = case.adata.layers["counts"].toarray(), case.adata.obs["dose"].to_numpy()
     rows = (case.adata.obs["cell_type"] == "type_0").to_numpy()
     real = [np.log(counts[rows & (dose == d)].mean(0) + 0.1) for d in (0, 5)]
@@ -353,6 +355,10 @@ def test_leaving_conditions_to_the_model_draws_them_as_trained(case):
         drawn = cells.obs.groupby(keys, observed=True).size().reindex(frame.index).fillna(0)
         expected = frame / frame.sum() * 2000
         assert stats.chisquare(drawn, expected).pvalue > 1e-3
+    if case.has_label:
+        cells = model.sample(case.adata, marginalize=["cell_type"], seed=0, **QUIET)
+        agreement = cells.obs["cell_type"].to_numpy() == case.adata.obs["cell_type"].to_numpy()
+        assert agreement.mean() < 0.5
 
 
 def test_depth_can_be_fixed_and_effects_planted(case):
@@ -401,6 +407,36 @@ def test_counterfactuals_take_the_other_labels_expression(case):
         to={"cell_type": "type_0"}, indices=rows, n_samples=5, seed=0, **QUIET
     )
     assert np.abs(np.log1p(same.X.toarray().mean(0)) - own).mean() < 0.15
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "donor" in c.id], indirect=True)
+def test_counterfactuals_keep_a_cells_place_relative_to_its_conditions_mean(case, monkeypatch):
+    space, density, seen = case.model.module.space, case.model.module.density, []
+    decode_at = space.decode_at
+
+    def spy(z, log_depth, c, effect=None):
+        seen.append((z, log_depth, c))
+        return decode_at(z, log_depth, c, effect)
+
+    monkeypatch.setattr(space, "decode_at", spy)
+    rows = np.flatnonzero(case.adata.obs["cell_type"] == "type_0")
+    case.model.counterfactual(
+        to={"cell_type": "type_2"}, indices=rows, n_samples=50, seed=0, **QUIET
+    )
+    x, c, library = case.model._cells(None, rows).tensors(slice(None), torch.device("cpu"))
+    with torch.no_grad():
+        mean, sd = space.encode(x, c, library)
+        new_c = seen[0][2]
+        shift = density.mean(space.features.conditions(new_c))
+        shift -= density.mean(space.features.conditions(c))
+        depth = space.log_depth(mean, c)
+    assert (new_c[:, 0] == 2).all()
+    assert torch.equal(new_c[:, 1:], c[:, 1:])
+    assert shift[:, :-1].abs().max() > 0.1
+    error = torch.stack([z for z, *_ in seen]).mean(0) - (mean + shift)[:, :-1]
+    assert (error.abs() < 5 * sd[:, :-1] / np.sqrt(50)).all()
+    kept = torch.stack([log_depth for _, log_depth, _ in seen]).mean(0) - depth
+    assert (kept.abs() < 5 * sd[:, -1] * space.depth.scale / np.sqrt(50)).all()
 
 
 def test_more_samples_tighten_the_bound(case):
