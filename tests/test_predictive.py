@@ -86,7 +86,7 @@ def test_outliers_are_part_of_mean_and_spread(donor):
     law = predictive_of_cell(module, _location(), donor, _generator(2))
     slots = law.slots((), [])
     np.testing.assert_allclose(law.draws.mean(0), slots["mean"], rtol=0.02)
-    np.testing.assert_allclose(law.draws.std(0), slots["std"], rtol=0.05)
+    np.testing.assert_allclose(law.draws.std(0), slots["std"], rtol=0.12)
     without = predictive_of_cell(_module(6), _location(), donor, _generator(2)).slots((), [])
     assert slots["std"][0] > 1.2 * without["std"][0]
 
@@ -119,8 +119,10 @@ def test_the_mean_of_infinitely_many_cells_varies_between_donors_alone():
     np.testing.assert_allclose(slots["std"], slots["std_donor"], rtol=1e-6)
     centre = np.exp(CENTRE + SD**2 / 2)
     scale = donors.new_donor_scale().detach().numpy()
+    mean, variance = donors.law(-1)
+    median = centre * (mean + variance / 2).exp().detach().numpy() * np.exp(-(scale**2) / 2)
     for q in (5, 50, 95):
-        expected = centre * np.exp(stats.t(donors.dof).ppf(q / 100) * scale)
+        expected = median * np.exp(stats.t(donors.dof).ppf(q / 100) * scale)
         np.testing.assert_allclose(slots[f"q{q:02d}"], expected, rtol=0.03)
 
 

@@ -73,7 +73,8 @@ def test_a_missing_seed_is_the_hosts_or_fresh(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seed", "error"), [(True, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError)]
+    ("seed", "error"),
+    [(True, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError), (2**63, ValueError)],
 )
 def test_what_is_no_seed_is_refused(seed, error):
     with pytest.raises(error, match="seed must"):
@@ -85,7 +86,7 @@ def test_numpy_integers_are_seeds():
     assert (seed, type(seed)) == (5, int)
 
 
-@pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
 def test_large_seeds_work_everywhere(seed):
     assert resolve_seed(seed) == seed
     with isolated(seed):
