@@ -273,9 +273,6 @@ def test_A20_empty_cells(adata):
     assert np.isfinite(denoised.layers["exprgen_denoised"]).all()
 
 
-@pytest.mark.xfail(
-    reason="the likelihood's outliers have one rate for all genes, also for those never seen"
-)
 def test_A21_empty_gene():
     adata = make_cells(2000)
     adata = adata[adata.layers["counts"][:, 1:].sum(1).A1 > 0].copy()

@@ -249,7 +249,7 @@ class GenerateMixin(ModelCore):
             self._observed.support(table),
             categories=["seen", "between", "unseen combination", "outside range"],
         )
-        obs["extrapolated"] = schema.extrapolated(table)
+        obs["extrapolated"] = obs["support"].isin(["unseen combination", "outside range"])
         synthetic = AnnData(X=counts, obs=obs, var=pd.DataFrame(index=self.var_names))
         layer = self._setup_args["layer"]
         if layer is not None:

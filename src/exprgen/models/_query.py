@@ -111,12 +111,15 @@ def ask(
         table = table.assign(**{donor: _new_donors(schema, len(table))})
     n_rows = len(table)
     rows = np.repeat(np.arange(n_rows), n_obs)
-    table = (
-        observed.complete(table.iloc[rows], marginalize, rng) if marginalize else table.iloc[rows]
-    )
-    embedding = None if embedding is None else embedding[rows]
+    # Drawn conditions differ between the cells of a row; given ones are read once per row.
+    if marginalize:
+        table = observed.complete(table.iloc[rows], marginalize, rng)
+        embedding = None if embedding is None else embedding[rows]
     codes = schema.encode(table, embedding, unseen=unseen, on_extrapolation=on_extrapolation)
     observed.report_unseen(table, on_extrapolation=on_extrapolation)
+    if not marginalize:
+        table, codes = table.iloc[rows], codes[rows]
+        embedding = None if embedding is None else embedding[rows]
     donors = np.zeros(len(table), dtype=np.int64)
     if donor is not None:
         donors = pd.factorize(table[donor].astype(object))[0]

@@ -38,6 +38,20 @@ __all__ = ["TrainMixin"]
 logger = logging.getLogger("exprgen")
 
 
+# What train() itself decides, by the name it has there.
+_OWN_WORDS = {
+    "accelerator": "accelerator=",
+    "check_val_every_n_epoch": "early_stopping=",
+    "devices": "devices=",
+    "early_stopping": "early_stopping=",
+    "early_stopping_monitor": "early_stopping=",
+    "early_stopping_patience": "early_stopping_patience=",
+    "enable_progress_bar": "progress_bar=",
+    "log_every_n_steps": "progress_bar=",
+    "max_epochs": "max_epochs=",
+}
+
+
 class TrainMixin(ModelCore):
     """Training of a :class:`~exprgen.models.GenerativeModel`."""
 
@@ -107,13 +121,17 @@ class TrainMixin(ModelCore):
                 _arguments.check_positive_int(value, name)
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         trainer_kwargs = dict(trainer_kwargs or {})
+        for word in _OWN_WORDS.keys() & trainer_kwargs.keys():
+            raise TypeError(
+                f"Give {_OWN_WORDS[word]} to train() instead of trainer_kwargs[{word!r}]."
+            )
         dataset, keys = self._training_cells()
         train_idx, val_idx = self._split(train_size, validation_size, split_key)
         if early_stopping and len(val_idx) == 0:
             cause = f"train_size={train_size}" if split_key is None else f"split_key={split_key!r}"
             raise ValueError(
-                f"early_stopping=True needs validation cells, but {cause} leaves none. Leave some, "
-                "or give early_stopping=False."
+                f"early_stopping=True needs validation cells, but {cause} leaves none. Leave "
+                "some, or give early_stopping=False."
             )
         if max_epochs is None:
             max_epochs = default_max_epochs(len(train_idx))
@@ -188,7 +206,7 @@ class TrainMixin(ModelCore):
         """Row numbers of training and validation cells."""
         n_obs = self.adata.n_obs
         if split_key is not None:
-            if not isinstance(split_key, str) or split_key not in self.adata.obs:
+            if split_key not in list(self.adata.obs):
                 hint = closest(split_key, self.adata.obs.columns)
                 raise KeyError(f"split_key={split_key!r} is no column of obs.{hint}")
             labels = self.adata.obs[split_key].astype(str).to_numpy()

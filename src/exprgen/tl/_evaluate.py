@@ -59,7 +59,7 @@ def evaluate(
     test: AnnData,
     synthetic: AnnData | Mapping[str, AnnData],
     *,
-    groupby: str | Sequence[str] | None,
+    groupby: str | Sequence[str] | None = None,
     layer: str | None = "counts",
     n_repeats: int = 5,
     seed: int = 0,
