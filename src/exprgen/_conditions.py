@@ -276,15 +276,17 @@ class ConditionSchema:
                 encoded.append(part.encode(*columns[part.key], unseen=policy, remedy=_NEW_BATCH))
             elif part:
                 encoded.append(np.full(len(table), -1))
-        self._report_extrapolation(table, on_extrapolation)
+        self._report_extrapolation(table, embedding, on_extrapolation)
         matrix = np.empty((len(table), self.layout.width), dtype=np.float32)
         for j, values in enumerate(encoded):
             matrix[:, j] = values
         return matrix
 
-    def extrapolated(self, table: pd.DataFrame) -> np.ndarray:
-        """Which rows have a quantity outside its trained range, boolean, shape (n,)."""
+    def extrapolated(self, table: pd.DataFrame, embedding: np.ndarray | None = None) -> np.ndarray:
+        """Which rows have a quantity or vector outside the trained range, boolean, shape (n,)."""
         outside = np.zeros(len(table), dtype=bool)
+        if self.embedding is not None and embedding is not None:
+            outside |= self.embedding.outside(embedding)
         for part in self.quantities:
             if part.key in table:
                 outside |= part.outside(part.values(table[part.key], f"column {part.key!r}"))
@@ -323,10 +325,17 @@ class ConditionSchema:
 
     # ------------------------------------------------------------------ helpers
 
-    def _report_extrapolation(self, table: pd.DataFrame, action: str) -> None:
+    def _report_extrapolation(
+        self, table: pd.DataFrame, embedding: np.ndarray | None, action: str
+    ) -> None:
         if action == "ignore":
             return
         found = []
+        if self.embedding is not None and (far := self.embedding.outside(embedding)).any():
+            found.append(
+                f"{self.embedding.key!r} further from the trained vectors' mean than any of them "
+                f"({far.sum()} rows)"
+            )
         for part in self.quantities:
             values = part.values(table[part.key], part.key)
             if (outside := values[part.outside(values)]).size:

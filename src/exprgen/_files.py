@@ -7,8 +7,9 @@ them, and its own.
 *Whole.* All files are written, and synced to the disk, in a hidden folder ``.saving`` next to
 those they will replace. One rename of it to ``.saved`` is the moment of saving: until then the old
 model is untouched, from then on the new one counts, and its files are moved into place. Should
-the process die meanwhile, whoever next reads or saves finishes the move. Files of other names are
-never touched. A lock on the folder keeps processes apart; it is freed with the process.
+the process die meanwhile, whoever next reads or saves verifies what it left and finishes the move;
+a ``.saved`` that is damaged is renamed and replaces nothing. Files of other names are never
+touched. A lock on the folder keeps processes apart; it is freed with the process.
 
 *Verified.* What is read is first compared with the manifest: kind of model, format, sizes, sums.
 
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["from_plain", "read_folder", "to_plain", "write_folder"]
+
+logger = logging.getLogger("exprgen")
 
 MODEL = "model.pt"
 
@@ -91,6 +96,8 @@ def write_folder(
         If the folder is not empty and ``overwrite`` is False.
     OSError
         If it cannot be written (no permission, disk full, path is a file): nothing has changed.
+    UntrustedFileError
+        If a link stands where the new files would be collected.
     """
     folder = _folder(path)
     buffer = io.BytesIO()
@@ -114,7 +121,7 @@ def write_folder(
             text = json.dumps(body, indent=1, ensure_ascii=False)
             _write(saving / f"{prefix}{MANIFEST}", lambda file: file.write_text(text, "utf-8"))
             _sync(saving)
-            os.replace(saving, folder / f".{prefix}saved")
+            saved = saving.replace(folder / f".{prefix}saved")
         except BaseException as error:
             shutil.rmtree(saving, ignore_errors=True)
             free = shutil.disk_usage(folder).free
@@ -126,7 +133,7 @@ def write_folder(
                 raise OSError(error.errno, reason, str(folder)) from error
             raise
         _sync(folder)
-        _finish(folder, prefix)
+        _move(saved, folder, prefix, body)
     _sync(folder.parent)
     return folder
 
@@ -158,6 +165,8 @@ def read_folder(
     ------
     FileNotFoundError, NotADirectoryError
         If there is no such folder, or a file of the model is missing.
+    ValueError
+        If ``prefix`` cannot begin the name of a file.
     CheckpointError
         If a file is damaged, or the model is of another class or of a newer format.
     UntrustedFileError
@@ -168,12 +177,17 @@ def read_folder(
     ReproducibilityWarning
         If a newer version of exprgen has saved the model.
     """
-    folder = _folder(path)
+    folder, model = _folder(path), f"{prefix}{MODEL}"
+    if not is_name(model):
+        raise ValueError(f"{model!r} is not a file name.")
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
     with _locked(folder):
-        _finish(folder, prefix)
-        manifest = read_manifest(folder / f"{prefix}{MANIFEST}")
+        damage = _finish(folder, prefix)
+        file = folder / f"{prefix}{MANIFEST}"
+        if damage is not None and not file.exists():
+            raise damage
+        manifest = read_manifest(file)
         saved_class = manifest.get("class")
         if expected_class not in (None, saved_class):
             raise CheckpointError(
@@ -181,9 +195,11 @@ def read_folder(
                 f"{saved_class}.load(...)."
             )
         check_version(manifest)
+        if model not in manifest["files"]:
+            raise CheckpointError(f"{file} is corrupted: it does not name {model}.")
         for name, wanted in manifest["files"].items():
             verify(folder / name, wanted)
-        payload = _load(folder / f"{prefix}{MODEL}", map_location)
+        payload = _load(folder / model, map_location)
     return manifest, payload
 
 
@@ -214,24 +230,71 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _finish(folder: Path, prefix: str) -> None:
-    """Move what has been saved into place, the manifest last; go on where another left off."""
-    saved = folder / f".{prefix}saved"
-    if not saved.is_dir():
-        return
+def _finish(folder: Path, prefix: str) -> CheckpointError | None:
+    """Move what has been saved into place, if another has left off; else say what is wrong.
+
+    Raises
+    ------
+    UntrustedFileError
+        If a link stands where files are collected: it could lead to files of others.
+    """
+    saving, saved = folder / f".{prefix}saving", folder / f".{prefix}saved"
+    for place in (saving, saved):
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise UntrustedFileError(f"{place} is no folder, and was not followed. Remove it.")
+    if not saved.exists():
+        return None
+    if not os.listdir(saved):  # the last step was missing
+        saved.rmdir()
+        return None
+    try:
+        manifest = _verified(saved, folder, prefix)
+    except (CheckpointError, FileNotFoundError) as error:
+        return _set_aside(saved, prefix, error)
+    _move(saved, folder, prefix, manifest)
+    return None
+
+
+def _verified(saved: Path, folder: Path, prefix: str) -> dict[str, Any]:
+    """Read the manifest of what was saved, and verify it; some files may have been moved."""
+    manifest = read_manifest(saved / f"{prefix}{MANIFEST}")
+    names = manifest["files"].keys()
+    if others := set(os.listdir(saved)) - {*names, f"{prefix}{MANIFEST}"}:
+        raise CheckpointError(f"{saved} holds files of no model: {name_some(sorted(others))}.")
+    for name in names:
+        at = saved / name
+        verify(at if os.path.lexists(at) else folder / name, manifest["files"][name])
+        if (folder / name).is_dir():
+            raise CheckpointError(f"{folder / name} is a folder; a file is to be moved there.")
+    return manifest
+
+
+def _set_aside(saved: Path, prefix: str, error: Exception) -> CheckpointError:
+    """Rename a damaged ``.saved``, so that it replaces nothing, now or later."""
+    free = (saved.with_name(f".{prefix}damaged{i or ''}") for i in count())
+    place = next(path for path in free if not os.path.lexists(path))
+    try:
+        saved.rename(place)
+    except OSError:  # a folder that may only be read
+        place = saved
+    message = f"{place} is what a process that died has left, and it is damaged: {error}"
+    logger.warning("%s It was ignored.", message)
+    return CheckpointError(f"{message} There is no other model in {saved.parent}.")
+
+
+def _move(saved: Path, folder: Path, prefix: str, manifest: Mapping[str, Any]) -> None:
+    """Move verified files into place, the manifest last."""
     new, old = saved / f"{prefix}{MANIFEST}", folder / f"{prefix}{MANIFEST}"
-    if new.exists():
-        with suppress(
-            FileNotFoundError, CheckpointError
-        ):  # a damaged one is replaced all the same
-            outdated = read_manifest(old)["files"].keys() - read_manifest(new)["files"].keys()
-            for name in outdated:
+    names = manifest["files"].keys()
+    with suppress(FileNotFoundError, CheckpointError):  # a damaged one is replaced all the same
+        for name in read_manifest(old)["files"].keys() - names:
+            if not (folder / name).is_dir():
                 (folder / name).unlink(missing_ok=True)
-        for file in saved.iterdir():
-            if file != new:
-                os.replace(file, folder / file.name)
-        _sync(folder)
-        os.replace(new, old)
+    for name in names:
+        if os.path.lexists(saved / name):
+            os.replace(saved / name, folder / name)
+    _sync(folder)
+    os.replace(new, old)
     saved.rmdir()
     _sync(folder)
 
@@ -273,7 +336,7 @@ def _load(file: Path, map_location: str | torch.device) -> dict[str, Any]:
     if not zipfile.is_zipfile(file):  # a bare pickle is one too many ways to read a file
         raise UntrustedFileError(f"{file} is no archive of tensors, and was not read.")
     try:
-        return from_plain(torch.load(file, map_location=map_location, weights_only=True))
+        payload = from_plain(torch.load(file, map_location=map_location, weights_only=True))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {found[1]}" if found else "is no plain model file"
@@ -281,5 +344,21 @@ def _load(file: Path, map_location: str | torch.device) -> dict[str, Any]:
             f"{file} {what}: reading it could run code, and it was not read. Take the model from "
             "whom you trust."
         ) from error
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+    except _MADE_UP as error:
         raise CheckpointError(f"{file} is corrupted: {error}") from error
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{file} is corrupted: it holds a {type(payload).__name__}.")
+    return payload
+
+
+_MADE_UP = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
+"""What comes of reading plain types that nobody has written."""

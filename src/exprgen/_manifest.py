@@ -77,6 +77,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
     """Read a manifest that this version understands and that is whole."""
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: {file.parent} holds no model of exprgen.")
+    _check_is_file(file)
     data = file.read_bytes()
     if data[:1] == b"\x80" or data[:2] == b"PK":
         raise UntrustedFileError(f"{file} is a pickle or an archive in place of JSON; not read.")
@@ -85,6 +86,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
         major, ours = (
             int(v.partition(".")[0]) for v in (manifest["format_version"], FORMAT_VERSION)
         )
+        found = checksum(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is corrupted: {len(data)} bytes, and no manifest. Take another copy."
@@ -94,12 +96,33 @@ def read_manifest(file: Path) -> dict[str, Any]:
             f"{file} has format {manifest['format_version']}, this version reads "
             f"{FORMAT_VERSION}. Upgrade exprgen."
         )
-    if manifest.get("checksum") != checksum(manifest):
+    if manifest.get("checksum") != found:
         raise CheckpointError(f"{file} is corrupted: its checksum differs. Take another copy.")
+    if not _is_complete(manifest):
+        raise CheckpointError(
+            f"{file} is corrupted: it does not say class, versions and files. Take another copy."
+        )
     outside = [name for name in manifest["files"] if not is_name(name)]
     if outside:
         raise UntrustedFileError(f"{file} names files outside its folder: {name_some(outside)}.")
     return manifest
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether what every manifest says is there, and of its type."""
+    versions, files = manifest.get("versions"), manifest.get("files")
+    return (
+        isinstance(manifest.get("class"), str)
+        and isinstance(versions, dict)
+        and all(isinstance(release, str) for release in versions.values())
+        and isinstance(files, dict)
+        and all(
+            isinstance(said, dict)
+            and isinstance(said.get("size"), int)
+            and isinstance(said.get("sha256"), str)
+            for said in files.values()
+        )
+    )
 
 
 def check_version(manifest: Mapping[str, Any]) -> None:
@@ -115,13 +138,14 @@ def check_version(manifest: Mapping[str, Any]) -> None:
 
 
 def _minor(release: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", release)[:2]))
+    return tuple(map(int, re.findall(r"\d{1,9}", release)[:2]))
 
 
 def verify(file: Path, wanted: Mapping[str, Any]) -> None:
     """Compare a file with its description."""
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing. Take another copy of the model.")
+    _check_is_file(file)
     found = describe(file)
     if found["size"] != wanted["size"]:
         raise CheckpointError(
@@ -133,3 +157,9 @@ def verify(file: Path, wanted: Mapping[str, Any]) -> None:
             f"{file} is corrupted: its SHA-256 checksum differs from the one saved. Take another "
             "copy of the model."
         )
+
+
+def _check_is_file(file: Path) -> None:
+    """Refuse a folder, and a pipe, which would never end."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file. Take another copy of the model.")

@@ -164,11 +164,11 @@ class ObservedConditions:
         here, there = self._match(table, given)
         return self._total(there, here)[here]
 
-    def support(self, table: pd.DataFrame) -> np.ndarray:
+    def support(self, table: pd.DataFrame, embedding: np.ndarray | None = None) -> np.ndarray:
         """How well training covers each row of conditions, shape (n,), of str.
 
         ``"outside range"``
-            A quantity is outside everything trained.
+            A quantity is outside everything trained, or an embedding further out.
         ``"unseen combination"``
             The labels were never seen together, or a quantity is outside what they were seen with.
         ``"between"``
@@ -185,7 +185,7 @@ class ObservedConditions:
                 inside &= values >= low.min().reindex(here).to_numpy() - part.tolerance
                 inside &= values <= high.max().reindex(here).to_numpy() + part.tolerance
         return np.select(
-            [self.schema.extrapolated(table), ~inside, self.n_train(table) == 0],
+            [self.schema.extrapolated(table, embedding), ~inside, self.n_train(table) == 0],
             ["outside range", "unseen combination", "between"],
             "seen",
         )

@@ -106,13 +106,21 @@ class Embedding(Column):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    reach: float = float("inf")
+    """Largest standardised distance of a registered vector from their mean."""
 
     @classmethod
     def fit(cls, key: str, values: Any, index: pd.Index) -> Embedding:
         """Learn the scale of each dimension; raises as :meth:`values` does."""
         matrix = cls.values(values, index, f"obsm[{key!r}] (condition_embedding_key)")
         mean, std = _scale(matrix)
-        return cls(key, tuple(mean.tolist()), tuple(std.tolist()))
+        reach = float(np.linalg.norm((matrix - mean) / std, axis=1).max())
+        return cls(key, tuple(mean.tolist()), tuple(std.tolist()), reach)
+
+    def outside(self, values: Any) -> np.ndarray:
+        """Which vectors lie further from the mean than any registered one, shape (n,)."""
+        standardised = (np.asarray(values, np.float64) - self.mean) / np.array(self.std)
+        return np.linalg.norm(standardised, axis=1) > self.reach * (1 + 1e-6)
 
     def __len__(self) -> int:
         return len(self.mean)

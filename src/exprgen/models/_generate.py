@@ -246,7 +246,7 @@ class GenerateMixin(ModelCore):
         obs["library"] = depths if observed_depth else np.asarray(counts.sum(1)).ravel()
         obs["n_train"] = self._observed.n_train(table)
         obs["support"] = pd.Categorical(
-            self._observed.support(table),
+            self._observed.support(table, query.embedding),
             categories=["seen", "between", "unseen combination", "outside range"],
         )
         obs["extrapolated"] = obs["support"].isin(["unseen combination", "outside range"])
