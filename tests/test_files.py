@@ -187,6 +187,8 @@ def test_paths_that_are_no_folder(tmp_path):
         number(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         number(tmp_path)
+    with pytest.raises(ValueError, match="not a file name"):
+        number(tmp_path, prefix="../")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.pt"])
@@ -326,6 +328,103 @@ def test_what_was_made_up_is_no_model(tmp_path):
     forge(folder)
     with pytest.raises(CheckpointError, match=r"model\.pt"):
         number(folder)
+
+
+def test_a_link_in_place_of_what_was_saved_is_not_followed(tmp_path):
+    victim = save(tmp_path / "victim", 7)
+    (victim / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in victim.iterdir()}
+    for name in (".saved", ".saving"):
+        folder = save(tmp_path / f"m{name}")
+        (folder / name).symlink_to(victim)
+        for action in (number, lambda folder: save(folder, 2, overwrite=True)):
+            with pytest.raises(UntrustedFileError, match=rf"{name} is no folder"):
+                action(folder)
+        assert {file.name: file.read_bytes() for file in victim.iterdir()} == before
+        (folder / name).unlink()
+        assert number(folder) == 1
+
+
+def _junk_manifest(saved: Path) -> None:
+    (saved / "manifest.json").write_text("{}")
+
+
+def _other_files(saved: Path) -> None:
+    (saved / "notes.txt").write_text("not yours")
+
+
+def _damaged_file(saved: Path) -> None:
+    (saved / "model.pt").write_bytes(b"junk")
+
+
+def _no_manifest(saved: Path) -> None:
+    (saved / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [_junk_manifest, _other_files, _damaged_file, _no_manifest])
+def test_what_was_saved_but_is_damaged_replaces_nothing(tmp_path, spoil):
+    folder = save(tmp_path / "m", 1)
+    (folder / "notes.txt").write_text("mine")
+    for name in (".damaged", ".damaged1"):
+        save(tmp_path / "other", 2).rename(folder / ".saved")
+        spoil(folder / ".saved")
+        assert (number(folder), number(folder)) == (1, 1)
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert name in hidden(folder)
+    save(tmp_path / "other", 2).rename(folder / ".saved")
+    spoil(folder / ".saved")
+    save(folder, 3, overwrite=True)
+    assert number(folder) == 3
+    (tmp_path / "alone").mkdir()
+    (folder / ".damaged").rename(tmp_path / "alone" / ".saved")
+    with pytest.raises(CheckpointError, match=r"alone/\.damaged is what .* damaged"):
+        number(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": f} for f in ([], ["model.pt"], None, 3, {}, {"model.pt": 3}, {"model.pt": {}})]
+    + [{"versions": v} for v in (3, None, {"exprgen": 3})]
+    + [{"class": None}],
+)
+def test_a_manifest_that_says_nonsense(tmp_path, change):
+    save(tmp_path)
+    file = tmp_path / "manifest.json"
+    manifest = json.loads(file.read_text()) | change
+    file.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is corrupted"):
+        number(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.pt"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_no_file(tmp_path, name, make):
+    save(tmp_path)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no file"):
+        number(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        [1, 2],
+        torch.zeros(3),
+        {"__kind__": ["array"]},
+        {"__kind__": "array", "dtype": "|O", "shape": (1,), "bytes": torch.zeros(8)},
+        {"__kind__": "array", "dtype": "<f8", "shape": (1,), "bytes": "text"},
+        {"__kind__": "path"},
+        {"__kind__": "range", "args": (), "name": []},
+        {"__kind__": "defaultdict", "factory": "eval", "items": []},
+    ],
+)
+def test_plain_types_that_nobody_has_written(tmp_path, payload):
+    save(tmp_path)
+    torch.save(payload, tmp_path / "model.pt")
+    forge(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.pt is corrupted"):
+        number(tmp_path)
 
 
 # ---------------------------------------------------------------------- death and full disks
