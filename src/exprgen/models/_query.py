@@ -18,6 +18,7 @@ import torch
 from anndata import AnnData
 
 from exprgen._arguments import check_choice
+from exprgen._errors import CovariateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +93,11 @@ def ask(
     check_choice(unseen, "unseen", ("error", "null"))
     check_choice(on_extrapolation, "on_extrapolation", ("warn", "raise", "ignore"))
     marginalize = _check_marginalize(schema, marginalize)
+    if conditions is None and schema.embedding_key is not None:
+        raise CovariateError(
+            f"conditions are needed: this model is conditioned on {schema.embedding_key!r}, of which "
+            "it keeps no vectors to draw from. Give them, e.g. an AnnData whose obsm holds them."
+        )
     if conditions is None:
         table, embedding = observed.draw(n_obs, rng), None
         n_obs = 1
@@ -160,6 +166,11 @@ def _check_marginalize(schema: ConditionSchema, marginalize: Sequence[str]) -> l
     if isinstance(marginalize, str):
         raise TypeError(f"marginalize must be a list, did you mean [{marginalize!r}]?")
     for key in marginalize:
+        if key == schema.embedding_key:
+            raise CovariateError(
+                f"The embedding {key!r} cannot be averaged over: the model keeps no vectors to draw "
+                "from. Give it in conditions."
+            )
         if key not in schema.condition_keys:
             raise KeyError(
                 f"marginalize names {key!r}, which is no condition of the model; conditions are "

@@ -42,7 +42,6 @@ class Depth(nn.Module):
 
     coefficients: Tensor
     donor_offset: Tensor
-    donor_sd: Tensor
     scale: Tensor
     prior_precision: Tensor
 
@@ -51,7 +50,6 @@ class Depth(nn.Module):
         self.observed = observed
         self.register_buffer("coefficients", torch.zeros(n_inputs))
         self.register_buffer("donor_offset", torch.zeros(n_donors))
-        self.register_buffer("donor_sd", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("prior_precision", torch.ones(()))
 
@@ -80,7 +78,6 @@ class Depth(nn.Module):
             total.index_add_(0, donors[known], residual[known])
             offset = total / (n_cells + _DONOR_PRIOR_CELLS)
             self.donor_offset.copy_(offset)
-            self.donor_sd.copy_(offset.square().mean().sqrt())
             residual = residual - torch.where(known, offset[donors.clamp(min=0)], 0.0)
         variance = residual.var(unbiased=False).clamp(min=1e-4)
         measurement = 0.0 if self.observed else library.clamp(min=0.5).reciprocal().mean()
