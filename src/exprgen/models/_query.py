@@ -95,8 +95,8 @@ def ask(
     marginalize = _check_marginalize(schema, marginalize)
     if conditions is None and schema.embedding_key is not None:
         raise CovariateError(
-            f"conditions are needed: this model is conditioned on {schema.embedding_key!r}, of which "
-            "it keeps no vectors to draw from. Give them, e.g. an AnnData whose obsm holds them."
+            f"conditions are needed: this model is conditioned on {schema.embedding_key!r}, of "
+            "which it keeps no vectors to draw from. Give an AnnData whose obsm holds them."
         )
     if conditions is None:
         table, embedding = observed.draw(n_obs, rng), None
@@ -168,8 +168,8 @@ def _check_marginalize(schema: ConditionSchema, marginalize: Sequence[str]) -> l
     for key in marginalize:
         if key == schema.embedding_key:
             raise CovariateError(
-                f"The embedding {key!r} cannot be averaged over: the model keeps no vectors to draw "
-                "from. Give it in conditions."
+                f"The embedding {key!r} cannot be averaged over: the model keeps no vectors to "
+                "draw from. Give it in conditions."
             )
         if key not in schema.condition_keys:
             raise KeyError(
