@@ -252,3 +252,14 @@ def test_files_give_back_the_same(adata, file_format, tmp_path):
 )  # fmt: skip
 def test_quantile_names(quantile, name):
     assert quantile_name(quantile) == name
+
+
+def test_another_model_keeps_where_sampled_cells_come_from(adata):
+    source = {"model": "NBVAE", "seed": 3, "layer": "counts", "size_factor_key": "depth"}
+    adata.uns["exprgen"] = dict(source)
+    predict(adata)
+    predict(adata, model="CountFlow", names=("mean",), overwrite=True)
+    record = adata.uns["exprgen"]
+    assert {k: record[k] for k in source} == source | {"model": "CountFlow"}
+    assert record["slots"].tolist() == ["layers/exprgen_mean"]
+    assert "exprgen_q05" not in adata.layers

@@ -12,7 +12,8 @@ obsm, obs  ``"log_likelihood"``      ``obsm["k_..."]``, ``obs["k_log_likelihood"
 =========  ========================  ==========================================================
 
 and ``uns["k"]`` records the model, its version, all slots under that key, and for each verb its
-own slots and how they came about (seed, draws, estimator). Running a verb again replaces its slots
+own slots and how they came about (seed, draws, estimator); sampled cells say there where they come
+from. Running a verb again replaces its slots
 and removes those of the verbs that depended on it. Whatever else bears such a name is the user's:
 it is left alone unless ``overwrite=True``.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -122,12 +123,14 @@ def write(
             f"{len(taken)} names are taken, and not by results of exprgen: {name_some(taken)}. "
             "Choose another key_added=..., or replace them by overwrite=True."
         )
-    again = {verb, *replaces} if previous.get("model") == model else previous.keys()
+    # What is no verb's record says where the cells come from, whichever model is asked next.
+    verbs = {name for name, value in previous.items() if _is_record(value)}
+    again = {verb, *replaces} if previous.get("model") == model else {verb, *verbs}
     kept = {name: value for name, value in previous.items() if name not in again}
     for name, value in kept.items():
-        if isinstance(value, Mapping) and "slots" in value:
+        if _is_record(value):
             kept[name] = {**value, "slots": _strings(set(value["slots"]) - slots.keys())}
-    entries = [e for e in (*kept.values(), entry) if isinstance(e, Mapping) and "slots" in e]
+    entries = [e for e in (*kept.values(), entry) if _is_record(e)]
     all_slots = {slot for e in entries for slot in e["slots"]}
     record = {"model": model, "version": version("exprgen"), "slots": _strings(all_slots)}
 
@@ -135,6 +138,11 @@ def write(
     for slot in owned - all_slots:
         _remove(adata, slot)
     adata.uns[key] = kept | record | {verb: entry}
+
+
+def _is_record(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether an entry of ``uns[key]`` is what a verb has recorded."""
+    return isinstance(value, Mapping) and "slots" in value
 
 
 def _previous(adata: AnnData, key: str, model: str, overwrite: bool) -> Mapping[str, Any]:
