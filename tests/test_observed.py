@@ -184,3 +184,19 @@ def test_embedding_cannot_be_filled_in(obs):
     observed = ObservedConditions.fit(schema, obs)
     with pytest.raises(CovariateError, match=r"X_drug.*cannot be averaged"):
         observed.complete(pd.DataFrame({"drug": ["A"]}), ["X_drug"], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("n", [1, 512, 1299])
+def test_the_first_rows_do_not_depend_on_how_many_follow(observed, obs, schema, n):
+    drawn, first = (observed.draw(k, np.random.default_rng(1)) for k in (1300, n))
+    pd.testing.assert_frame_equal(drawn.iloc[:n], first)
+    several = obs.assign(weight=np.random.default_rng(0).normal(size=N))
+    schema = ConditionSchema.fit(several, categorical=["drug"], continuous=["age", "weight"])
+    observed, given = ObservedConditions.fit(schema, several), several[["drug"]]
+    drawn, first = (
+        observed.complete(given.iloc[:k], ["age", "weight"], np.random.default_rng(1))
+        for k in (1300, n)
+    )
+    pd.testing.assert_frame_equal(drawn.iloc[:n], first)
+    # One stream for all quantities would tie them together.
+    assert n < 99 or abs(drawn["age"].rank().corr(drawn["weight"].rank())) < 0.1

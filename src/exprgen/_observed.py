@@ -119,7 +119,8 @@ class ObservedConditions:
 
         Given are the labels, levels and batch in ``table``; a combination of them that was never
         seen is completed from p(missing) overall. Quantities without levels do not count as given.
-        A donor is not filled in: without the column it is a new one.
+        A donor is not filled in: without the column it is a new one. The first rows do not depend
+        on how many follow: combinations and each quantity are drawn from a stream of their own.
 
         Raises
         ------
@@ -148,9 +149,10 @@ class ObservedConditions:
         drawn = self._decode(row, [key for key in self.keys if key in absent])
         for key in drawn:
             completed[key] = drawn[key].array
-        for j, key in enumerate(self.spread_keys):
+        streams = rng.spawn(len(self.spread_keys))
+        for j, (key, stream) in enumerate(zip(self.spread_keys, streams, strict=True)):
             if key in absent:
-                at = rng.random(len(table)) * N_STEPS
+                at = stream.random(len(table)) * N_STEPS
                 step = at.astype(np.int64)
                 below, above = self.quantiles[row, j, step], self.quantiles[row, j, step + 1]
                 completed[key] = below + (at - step) * (above - below)
