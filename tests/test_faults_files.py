@@ -175,6 +175,120 @@ def test_E04_one_bit_flipped(folder, name):
         load_is_refused(folder, CheckpointError, path, *words)
 
 
+@parametrize("value", [np.nan, np.inf, -np.inf])
+def test_E03_weights_that_are_not_finite(folder, value):
+    def spoil(payload: dict) -> None:
+        payload["model_state_dict"]["space.decoder.output.bias"][3] = value
+
+    rewrite_model(folder, spoil)
+    load_is_refused(folder, CheckpointError, folder, "space.decoder.output.bias", "not finite")
+
+
+def rewrite_model(folder: Path, spoil: Callable[[dict], Any]) -> None:
+    """Change what model.pt holds, and make all sums right."""
+    payload = torch.load(folder / "model.pt", weights_only=True)
+    payload = spoil(payload) or payload
+    torch.save(payload, folder / "model.pt")
+    rewrite_manifest(folder)
+
+
+def of(*path: str, **changes: Any) -> Callable[[dict], None]:
+    """Change items of a nested dict; an item ``...`` is removed."""
+
+    def spoil(payload: dict) -> None:
+        for name in path:
+            is_marked = "__kind__" in payload
+            payload = dict(payload["items"])[name] if is_marked else payload[name]
+        for name, value in changes.items():
+            if value is ...:
+                del payload[name.replace("__", ".")]
+            else:
+                payload[name.replace("__", ".")] = value
+
+    return spoil
+
+
+WEIGHTS, ATTRIBUTES = ("model_state_dict",), ("attr_dict",)
+BIAS = "space__decoder__output__bias"
+ARGUMENTS = (*ATTRIBUTES, "init_params_", "non_kwargs")
+REGISTRY = (*ATTRIBUTES, "registry_")
+MADE_UP = {
+    "no dict": lambda payload: [1, 2],
+    "nothing": lambda payload: {"nothing": 1},
+    "weights are text": of(model_state_dict="text"),
+    "weight missing": of(*WEIGHTS, **{BIAS: ...}),
+    "weight unknown": of(*WEIGHTS, extra=torch.zeros(3)),
+    "weight of another shape": of(*WEIGHTS, **{BIAS: torch.zeros(3)}),
+    "weight is text": of(*WEIGHTS, **{BIAS: "text"}),
+    "weight is complex": of(*WEIGHTS, **{BIAS: torch.zeros(N_VARS, dtype=torch.complex64)}),
+    "weight is whole": of(*WEIGHTS, **{BIAS: torch.zeros(N_VARS, dtype=torch.int32)}),
+    "weight is sparse": of(*WEIGHTS, **{BIAS: torch.zeros(N_VARS).to_sparse()}),
+    "no attributes": of(attr_dict=...),
+    "attributes are a list": of(attr_dict=[1]),
+    "no arguments": of(*ATTRIBUTES, init_params_=...),
+    "argument unknown": of(*ARGUMENTS, evil=1),
+    "argument of another type": of(*ARGUMENTS, n_latent="2"),
+    "argument of another value": of(*ARGUMENTS, n_latent=3),
+    "no registry": of(*ATTRIBUTES, registry_=...),
+    "registry empty": of(*ATTRIBUTES, registry_={}),
+    "registry is None": of(*ATTRIBUTES, registry_=None),
+    "setup of nothing": of(*REGISTRY, setup_args={}),
+    "setup unknown": of(*REGISTRY, "setup_args", evil="x"),
+    "setup of another type": of(*REGISTRY, "setup_args", layer=3),
+    "no genes": of(*REGISTRY, "field_registries", "X", state_registry={}),
+    "no schema": of(*REGISTRY, "field_registries", "conditions", state_registry={}),
+    "conditions of another schema": of(*ATTRIBUTES, "conditions_", codes=[[9] * 9]),
+    "seed is text": of(*ATTRIBUTES, seed_="text"),
+}
+
+
+@parametrize("spoil", MADE_UP.values(), ids=MADE_UP)
+@parametrize("data", [False, True], ids=["without data", "with data"])
+def test_E03_a_model_that_no_model_has_written(folder, spoil, data):
+    rewrite_model(folder, spoil)
+    given = {"adata": make_cells()} if data else {}
+    load_is_refused(folder, CheckpointError, folder, "corrupted", **given)
+
+
+def test_E01_a_file_sets_nothing_but_what_is_saved(folder, model):
+    evil = {"_observe": 1, "module": 1, "sample": 1, "evil_": 1, "__class__": 1, "_x_": 1}
+    rewrite_model(folder, of("attr_dict", **{k: v for k, v in evil.items() if k != "__class__"}))
+    rewrite_model(folder, lambda payload: payload["attr_dict"].update({"__class__": 1}))
+    loaded = NBVAE.load(folder)
+    assert not {"_observe", "sample", "evil_", "_x_"} & vars(loaded).keys()
+    assert_same(loaded.sample(T0, 5, seed=0).X, model.sample(T0, 5, seed=0).X)
+
+
+@parametrize("read", [NBVAE.load_registry, NBVAE.view_setup_args, NBVAE.convert_legacy_save])
+def test_E01_no_other_way_in(folder, tmp_path, read):
+    evil = Evil(tmp_path / "sentinel")
+    with (folder / "model.pt").open("wb") as file:
+        torch.save({"model_state_dict": evil, "attr_dict": {"registry_": {}}}, file)
+    shutil.copy(folder / "model.pt", folder / "model_params.pt")
+    for name in ("attr.pkl", "var_names.csv"):
+        (folder / name).write_bytes(pickle.dumps(evil))
+    rewrite_manifest(folder)
+    if read == NBVAE.convert_legacy_save:
+        with pytest.raises(NotImplementedError, match="could run code"):
+            read(folder, tmp_path / "new")
+    else:
+        with pytest.raises(UntrustedFileError, match=r"model\.pt asks for"):
+            read(folder)
+    assert not evil.sentinel.exists()
+
+
+def test_registry_of_a_saved_model(folder, capsys):
+    registry = NBVAE.load_registry(folder)
+    assert registry["setup_args"] == ROLES | {
+        "condition_embedding_key": None, "size_factor_key": None, "allow_non_integer": False,
+    }  # fmt: skip
+    NBVAE.view_setup_args(folder)
+    assert "'donor_key': 'donor'" in capsys.readouterr().out
+    rewrite_model(folder, of(*REGISTRY, model_name="[/bold]"))
+    with refused(CheckpointError, folder, "[/bold]"):
+        NBVAE.view_setup_args(folder)
+
+
 def test_E05_missing(folder, tmp_path):
     load_is_refused(tmp_path / "nowhere", FileNotFoundError, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -456,6 +570,20 @@ def test_E14_with_its_data(model, tmp_path):
     cells = tmp_path / "model" / "adata.h5ad"
     cells.write_bytes(cells.read_bytes()[:-1])
     load_is_refused(tmp_path / "model", CheckpointError, cells, "corrupted")
+
+
+def test_E14_data_that_were_not_saved_with_it_are_not_read(folder, model, tmp_path):
+    (folder / "adata.h5ad").write_bytes(b"of someone")
+    assert NBVAE.load(folder).adata is None
+    rewrite_manifest(folder, files={"model.pt": None, "adata.h5ad": None})
+    load_is_refused(folder, CheckpointError, folder, "adata.h5ad")
+    for prefix in (None, "a_"):
+        options = {"prefix": prefix, "overwrite": True}
+        model.save(tmp_path / "m", save_anndata=True, donor_labels=True, **options)
+        assert NBVAE.load(tmp_path / "m", prefix=prefix).adata.n_obs == N_OBS
+        model.save(tmp_path / "m", **options)
+        assert NBVAE.load(tmp_path / "m", prefix=prefix).adata is None
+    assert not list((tmp_path / "m").glob("*.h5ad"))
 
 
 def test_E14_untrained(adata, tmp_path):

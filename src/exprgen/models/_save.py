@@ -1,30 +1,38 @@
 """``save`` and ``load``: a folder of plain tensors and types, without training rows.
 
 ``model.pt`` has scvi-tools' own layout (weights, gene names, attributes), but nothing in it needs
-a pickle: it is read with ``weights_only=True``, after its checksum.
+a pickle: it is read with ``weights_only=True``, after its checksum. A checksum says that a file is
+as it was written, not that a model wrote it: what does not make a model is refused by name.
 """
 
 from __future__ import annotations
 
-import logging
+import inspect
+import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from pprint import pformat
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import anndata as ad
+import torch
 from anndata import AnnData
 from scvi.model._utils import parse_device_args
 
 from exprgen import _arguments, _files, _validate
 from exprgen._conditions import ConditionSchema
-from exprgen._errors import ReproducibilityWarning
+from exprgen._errors import CheckpointError, ReproducibilityWarning, name_some
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import CONDITIONS_KEY
 
-__all__ = ["SaveMixin"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
-logger = logging.getLogger("exprgen")
+    from exprgen.module import ExpressionModule
+
+__all__ = ["SaveMixin"]
 
 ADATA_FILE = "adata.h5ad"
 
@@ -91,9 +99,7 @@ class SaveMixin(ModelCore):
             ]["schema"],
             "init_params": _files.to_plain(self.init_params_),
         }
-        extra = {}
-        if save_anndata:
-            extra[f"{prefix or ''}{ADATA_FILE}"] = self._own_data().write_h5ad
+        extra = {ADATA_FILE: self._own_data().write_h5ad} if save_anndata else {}
         _files.write_folder(
             dir_path,
             manifest=manifest,
@@ -132,8 +138,8 @@ class SaveMixin(ModelCore):
         FileNotFoundError
             If there is no model.
         CheckpointError, UntrustedFileError
-            If it is damaged, of another class, of a newer format, or holds more than plain
-            tensors and types.
+            If it is damaged, of another class, of a newer format, holds more than plain tensors
+            and types, or weights that are not finite.
         GeneMismatchError, CovariateError, KeyError
             If ``adata`` does not fit the model.
         """
@@ -144,28 +150,104 @@ class SaveMixin(ModelCore):
             validate_single_device=True,
         )
         folder = Path(dir_path).expanduser()
-        _, payload = _files.read_folder(folder, expected_class=cls.__name__, prefix=prefix or "")
-        attributes = dict(payload["attr_dict"])
-        registry = attributes.pop("registry_")
-        saved_data = folder / f"{prefix or ''}{ADATA_FILE}"
-        if adata is None and saved_data.exists():
-            adata = ad.read_h5ad(saved_data)
+        manifest, payload = _files.read_folder(
+            folder, expected_class=cls.__name__, prefix=prefix or ""
+        )
+        with _naming(folder, "description"):
+            attributes = dict(payload["attr_dict"])
+            registry = attributes.pop("registry_")
+            arguments = attributes["init_params_"]["non_kwargs"]
+            _check_registry(registry)
+            known = inspect.signature(cls.setup_anndata).parameters.keys() - {"adata", "kwargs"}
+            if unknown := registry["setup_args"].keys() - known:
+                raise TypeError(f"setup_anndata takes no {name_some(sorted(unknown))}")
+        data_file = f"{prefix or ''}{ADATA_FILE}"
+        if adata is None and data_file in manifest["files"]:  # no other has been verified
+            with _naming(folder, data_file):
+                adata = ad.read_h5ad(folder / data_file)
         attach = isinstance(adata, AnnData)
         if attach:
             adata = cls._adopt(adata, registry)
         elif adata is not None and adata is not False:
             _validate.check_anndata(adata, method="load")
-        model = cls(
-            adata if attach else None,
-            None if attach else registry,
-            **attributes["init_params_"]["non_kwargs"],
-        )
-        model.module.load_state_dict(payload["model_state_dict"])
-        for name, value in attributes.items():
-            setattr(model, name, value)
+        with _naming(folder, "description"):
+            model = cls(adata if attach else None, None if attach else registry, **arguments)
+        with _naming(folder, "weights"):
+            _fill(model.module, payload["model_state_dict"])
+        with _naming(folder, "state"):
+            model._restore(attributes)
         model.to_device(torch_device)
         model.module.eval()
         return model
+
+    def _restore(self, attributes: Mapping[str, Any]) -> None:
+        """Set what a saved model knew; names that this class does not save are left out."""
+        for name, new in list(vars(self).items()):
+            if name.endswith("_") and name in attributes:
+                value = attributes[name]
+                if new is not None and not isinstance(value, type(new)):
+                    raise TypeError(f"{name} is a {type(value).__name__}")
+                setattr(self, name, value)
+        if self.conditions_ is not None:
+            _ = self.conditions  # decodes all of it
+
+    @staticmethod
+    def load_registry(dir_path: str | Path, prefix: str | None = None) -> dict[str, Any]:
+        """Read what ``setup_anndata`` registered for a saved model; nothing is executed.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in :meth:`load`.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError, UntrustedFileError
+            As in :meth:`load`.
+        """
+        _, payload = _files.read_folder(dir_path, expected_class=None, prefix=prefix or "")
+        with _naming(Path(dir_path), "description"):
+            registry = payload["attr_dict"]["registry_"]
+            _check_registry(registry)
+        return registry
+
+    @staticmethod
+    def view_setup_args(dir_path: str | Path, prefix: str | None = None) -> None:
+        """Print the arguments of ``setup_anndata`` of a saved model; nothing is executed.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in :meth:`load`.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError, UntrustedFileError
+            As in :meth:`load`.
+        """
+        registry = SaveMixin.load_registry(dir_path, prefix)
+        said = pformat(registry["setup_args"], sort_dicts=False)
+        sys.stdout.write(f"{registry['model_name']}.setup_anndata was called with\n{said}\n")
+
+    @classmethod
+    def convert_legacy_save(
+        cls,
+        dir_path: str | Path,
+        output_dir_path: str | Path,
+        overwrite: bool = False,
+        prefix: str | None = None,
+    ) -> NoReturn:
+        """Refuse: scvi-tools' old format is a pickle, and no model of exprgen was saved in it.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
+        raise NotImplementedError(
+            f"No {cls.__name__} was ever saved in the format of scvi-tools before 0.15, and "
+            "reading it could run code. Load the model by load(), or train it anew."
+        )
 
     @classmethod
     def _adopt(cls, adata: AnnData, registry: dict[str, Any]) -> AnnData:
@@ -206,3 +288,62 @@ _CODED = "coded_donor_{}"
 
 def _is_coded(label: Any) -> bool:
     return str(label).startswith(_CODED.format(""))
+
+
+_MADE_UP = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What comes of a file that no model has written."""
+
+
+@contextmanager
+def _naming(folder: Path, part: str) -> Iterator[None]:
+    """Say which part of a model's folder is no part of a model."""
+    try:
+        yield
+    except _MADE_UP as error:
+        raise CheckpointError(
+            f"The model in {folder} is corrupted: its {part} cannot be used "
+            f"({type(error).__name__}: {error}). Take another copy of the model."
+        ) from error
+
+
+def _check_registry(registry: Mapping[str, Any]) -> None:
+    """Read all of a registry that printing it, or setting up data by it, needs."""
+    fields, said = registry["field_registries"], registry["setup_args"]
+    ConditionSchema.from_dict(fields[CONDITIONS_KEY]["state_registry"]["schema"])
+    texts = [registry["model_name"], *fields["X"]["state_registry"]["column_names"], *said]
+    for value in said.values():
+        if not isinstance(value, bool | None):
+            texts += value if isinstance(value, list) else [value]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name_some(wrong)} is no text")
+    if not registry["model_name"].isidentifier():
+        raise ValueError(f"{registry['model_name']!r} is no class")
+    _ = said["layer"], said["size_factor_key"], said["allow_non_integer"]
+
+
+def _fill(module: ExpressionModule, weights: Mapping[str, Any]) -> None:
+    """Load weights that are those of the module: names, shapes, kinds of numbers, finite."""
+    own = module.state_dict()
+    if differ := sorted(map(str, own.keys() ^ weights.keys())):
+        raise KeyError(f"{name_some(differ)} missing or unknown")
+    for name, like in own.items():
+        value = weights[name]
+        if not (torch.is_tensor(value) and value.layout == torch.strided):
+            raise TypeError(f"{name} is no array")
+        floating = value.is_floating_point() and like.is_floating_point()  # of any precision
+        if value.shape != like.shape or not (floating or value.dtype == like.dtype):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and type {value.dtype}, not "
+                f"{tuple(like.shape)} and {like.dtype}"
+            )
+        if not torch.isfinite(value.to(like)).all():
+            raise ValueError(f"{name} has values that are not finite")
+    module.load_state_dict(weights)
