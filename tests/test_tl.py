@@ -207,3 +207,59 @@ def test_concat_needs_every_modelled_gene(pbmc):
     twice.var_names = ["HES4", "HES4", *pbmc.var_names[2:]]
     with pytest.raises(GeneMismatchError, match="not unique"):
         tl.concat(twice, synthetic)
+
+
+MIXED = [
+    (np.array([1, 2, 3]), ["1", "new_donor_0", "new_donor_1"]),
+    (np.array([1.5, 2.0, np.nan]), ["1.5", "new_donor_0", "new_donor_1"]),
+    ([True, False, True], ["True", "False", "new"]),
+    (pd.array([1, None, 3], dtype="Int64"), ["1", "3", "new"]),
+    (pd.array([True, None, False], dtype="boolean"), ["True", "False", "new"]),
+    (pd.Categorical([1, 2, 3]), ["1", "2", "new"]),
+    (pd.Categorical(pd.array([1, 2, 3], dtype="Int64")), pd.Categorical(["1", "2", "new"])),
+    (pd.array(["1", None, "2"], dtype="string"), np.array([1, 2, 3])),
+    (np.array(["1", 1, 2.5], dtype=object), ["1", "2.5", "new"]),
+    ([True, False, True], [0, 1, 2]),
+]
+ALIKE = [
+    (np.array([1, 2, 3]), pd.Categorical([1, 2, 4])),
+    (pd.Categorical([1, 2, 3]), pd.Categorical([1.0, 2.5, 4.0])),
+    (pd.Categorical([True, False, True]), [True, True, False]),
+    (pd.Categorical(pd.array([1, 2, None], dtype="Int64")), pd.Categorical([1, 2, 4])),
+    (np.array([1, 2, 3], dtype=object), np.array([1, 2, 4], dtype=object)),
+    ([True, False, True], np.full(3, np.nan)),
+    (np.full(3, None), np.full(3, None)),
+    (np.full(3, np.nan), ["a", "b", None]),
+    (pd.array(["a", None, "b"], dtype="string"), ["a", "b", "c"]),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), MIXED + ALIKE)
+@pytest.mark.parametrize("swap", [False, True])
+def test_concat_keeps_labels_of_every_type(one, other, swap, pbmc, tmp_path):
+    import anndata
+
+    sides = [pbmc[:3].copy(), _synthetic(pbmc[3:6])]
+    values = [other, one] if swap else [one, other]
+    for side, value in zip(sides, values, strict=True):
+        side.obs["donor"] = pd.Series(value, index=side.obs_names)
+    combined = tl.concat(*sides)
+    expected = [*map(list, values)]
+    expected = pd.Series([*expected[0], *expected[1]], dtype=object)
+    texts = expected.where(expected.isna(), expected.map(str))
+    is_mixed = any(one is pair[0] for pair in MIXED)
+    found = combined.obs["donor"]
+    assert found.isna().tolist() == expected.isna().tolist()
+    wanted = (texts if is_mixed else expected).dropna()
+    assert found.dropna().tolist() == wanted.tolist()
+    if is_mixed:
+        assert isinstance(found.dtype, pd.CategoricalDtype)
+    combined.write_h5ad(tmp_path / "combined.h5ad")
+    again = anndata.read_h5ad(tmp_path / "combined.h5ad").obs["donor"]
+    assert again.dropna().tolist() == wanted.tolist()
+
+
+def test_concat_of_counts_in_x(pbmc, tmp_path):
+    combined = tl.concat(pbmc, _synthetic(pbmc), layer=None)
+    assert list(combined.layers) == []
+    combined.write_h5ad(tmp_path / "combined.h5ad")

@@ -9,10 +9,12 @@ cells perfectly. :func:`concat` therefore keeps the modelled genes on both sides
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from exprgen._labels import kind_of
 from exprgen.tl._counts import gene_positions, read_counts
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["concat"]
 
 
-def concat(real: AnnData, synthetic: AnnData, *, layer: str = "counts") -> AnnData:
+def concat(real: AnnData, synthetic: AnnData, *, layer: str | None = "counts") -> AnnData:
     """Put real and synthetic cells together so that scanpy treats both alike.
 
     Both sides hold the modelled genes only, so :func:`scanpy.pp.normalize_total` divides every
@@ -37,17 +39,18 @@ def concat(real: AnnData, synthetic: AnnData, *, layer: str = "counts") -> AnnDa
     synthetic
         Cells from a model's ``sample`` or ``counterfactual``.
     layer
-        Where both sides keep their counts.
+        Where both sides keep their counts; None is ``.X``.
 
     Returns
     -------
     AnnData
-        New object: real cells first, then synthetic ones. ``.X`` and ``.layers[layer]``: counts,
-        CSR float32, in the gene order of ``synthetic``. ``.obs``: the columns of both (categories
-        joined, missing where a side has no such column); ``synthetic`` (bool); ``library``, the
-        depth of every cell on one scale: the model's size-factor column where it was trained with
-        one, else the total over the modelled genes. ``.obs_names`` are unique, the real ones as
-        they were. ``.var`` is that of ``real``.
+        New object: real cells first, then synthetic ones. ``.X`` and, if named,
+        ``.layers[layer]``: counts, CSR float32, in the gene order of ``synthetic``. ``.obs``: the
+        columns of both (categories joined, missing where a side has no such column; labels that
+        are text on one side, numbers or truth values on the other, as text);
+        ``synthetic`` (bool); ``library``, the depth of every cell on one scale: the model's
+        size-factor column where it was trained with one, else the total over the modelled genes.
+        ``.obs_names`` are unique, the real ones as they were. ``.var`` is that of ``real``.
 
     Raises
     ------
@@ -73,9 +76,8 @@ def concat(real: AnnData, synthetic: AnnData, *, layer: str = "counts") -> AnnDa
     obs["library"] = _library(real, synthetic, counts)
     names = pd.Index([*real.obs_names, *synthetic.obs_names]).astype(str)
     obs.index = names if names.is_unique else make_index_unique(names)
-    return AnnData(
-        X=counts, obs=obs, var=real.var.iloc[genes].copy(), layers={layer: counts.copy()}
-    )
+    layers = {} if layer is None else {layer: counts.copy()}
+    return AnnData(X=counts, obs=obs, var=real.var.iloc[genes].copy(), layers=layers)
 
 
 def _library(real: AnnData, synthetic: AnnData, counts: sparse.csr_matrix) -> np.ndarray:
@@ -105,15 +107,31 @@ def _join_obs(real: pd.DataFrame, synthetic: pd.DataFrame) -> pd.DataFrame:
     tables = [real.reset_index(drop=True), synthetic.reset_index(drop=True)]
     joined = {}
     for column in tables[0].columns.union(tables[1].columns, sort=False):
-        dtype = _common_dtype([table[column] for table in tables if column in table])
         parts = [
             table[column] if column in table else pd.Series(np.nan, index=table.index)
             for table in tables
         ]
+        if len(set().union(*map(_kinds, parts))) > 1:  # a file holds labels of one kind
+            parts = [part.astype("string").astype(object) for part in parts]
+        given = [
+            part
+            for part, table in zip(parts, tables, strict=True)
+            if column in table and part.notna().any()
+        ]
+        dtype = _common_dtype(given or parts)
         if dtype is not None:
             parts = [part.astype(dtype) for part in parts]
         joined[column] = pd.concat(parts, ignore_index=True)
     return pd.DataFrame(joined, index=pd.RangeIndex(len(real) + len(synthetic)))
+
+
+def _kinds(column: pd.Series) -> set[str]:
+    """What the values of a column are: text, numbers, truth values."""
+    values = column.cat.categories.to_series() if column.dtype == "category" else column
+    values = values.dropna()
+    if values.dtype.kind in "biuf":
+        return {"bool" if values.dtype.kind == "b" else "number"} if len(values) else set()
+    return {kind_of(value) for value in values}
 
 
 def _common_dtype(parts: list[pd.Series]) -> object | None:
@@ -126,10 +144,10 @@ def _common_dtype(parts: list[pd.Series]) -> object | None:
 
     one_sided = len(parts) == 1
     categorical = [isinstance(part.dtype, pd.CategoricalDtype) for part in parts]
-    if any(categorical) or (one_sided and parts[0].dtype == object):
-        levels = [part.astype("category").cat.categories for part in parts]
+    if any(categorical) or any(part.dtype.kind == "O" for part in parts):
+        levels = [part.astype("category").cat.categories.tolist() for part in parts]
         ordered = all(getattr(part.dtype, "ordered", False) for part in parts)
-        return pd.CategoricalDtype(list(dict.fromkeys(np.concatenate(levels).tolist())), ordered)
+        return pd.CategoricalDtype(list(dict.fromkeys(chain.from_iterable(levels))), ordered)
     if one_sided and parts[0].dtype.kind in "iub":
         return parts[0].convert_dtypes().dtype
     return parts[0].dtype if one_sided else None
