@@ -102,13 +102,13 @@ def matrix_of(adata: AnnData, layer: str | None) -> Any:
         if adata.X is None:
             raise SetupError(
                 f"adata.X is None, shape {adata.shape}. Name a layer, layer=...; there are: "
-                f"{name_some(adata.layers, 20) or 'none'}."
+                f"{name_some(filter(None, adata.layers), 20) or 'none'}."
             )
         return adata.X
     if layer not in adata.layers:
         raise KeyError(
             f"layer={layer!r} is not in adata.layers; there are: "
-            f"{name_some(adata.layers, 20) or 'none'}.{closest(layer, adata.layers)}"
+            f"{name_some(filter(None, adata.layers), 20) or 'none'}.{closest(layer, filter(None, adata.layers))}"
         )
     return adata.layers[layer]
 

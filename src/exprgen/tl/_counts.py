@@ -28,7 +28,7 @@ def read_counts(adata: AnnData, layer: str | None, *, name: str) -> sp.csr_matri
     """
     if layer is not None and layer not in adata.layers:
         raise KeyError(
-            f"{name} has no layer {layer!r}; its layers are {sorted(adata.layers)}. "
+            f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "
             "Name the layer with counts, or layer=None for .X."
         )
     counts = sp.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
