@@ -106,9 +106,10 @@ def matrix_of(adata: AnnData, layer: str | None) -> Any:
             )
         return adata.X
     if layer not in adata.layers:
+        present = list(filter(None, adata.layers))  # anndata 0.13 lists X as None
         raise KeyError(
             f"layer={layer!r} is not in adata.layers; there are: "
-            f"{name_some(filter(None, adata.layers), 20) or 'none'}.{closest(layer, filter(None, adata.layers))}"
+            f"{name_some(present, 20) or 'none'}.{closest(layer, present)}"
         )
     return adata.layers[layer]
 
