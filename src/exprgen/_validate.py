@@ -79,7 +79,7 @@ def check_anndata(adata: object, *, method: str = "setup_anndata") -> None:
     elif isinstance(adata, (pd.DataFrame, np.ndarray)):
         advice = "Make one of it: anndata.AnnData(...)."
     elif hasattr(adata, "mod"):
-        advice = "Give one modality, mdata['rna'], or use setup_mudata."
+        advice = "Give one modality, e.g. mdata['rna']; setup_mudata is to come."
     else:
         advice = "Cells are its rows, genes its columns."
     raise TypeError(f"{method} wants an AnnData, got {type(adata).__name__}. {advice}")

@@ -174,6 +174,7 @@ class InferMixin(ModelCore):
         indices: Any = None,
         n_samples: int = 1,
         gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
         *,
         seed: int | None = None,
     ) -> sparse.GCXS:
@@ -190,6 +191,8 @@ class InferMixin(ModelCore):
             Draws per cell.
         gene_list
             Which genes.
+        batch_size
+            Part of the contract, without effect: draws come in blocks of a fixed size.
         seed
             As in :meth:`sample`.
 
