@@ -290,7 +290,7 @@ def test_sampled_labels_differ_as_real_ones_do(case):
     for label in labels.cat.categories:
         rows = (labels == label).to_numpy()
         if case.has_embedding:
-            rows &= (case.adata.obs["dose"] == 0).to_numpy()
+            rows = rows & (case.adata.obs["dose"] == 0).to_numpy()
         cells = case.model.sample(case.question(label, n=300), seed=0, **QUIET)
         real.append(np.log(counts[rows].mean(0) + 0.1))
         drawn.append(np.log(cells.X.toarray().mean(0) + 0.1))

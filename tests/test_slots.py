@@ -61,7 +61,9 @@ def test_names_and_record(adata):
         obs={"log_likelihood": np.arange(5.0), "split": pd.Categorical(list("tttvv"))},
         info={},
     )
-    assert list(adata.layers) == ["counts", "mine_mean", "exprgen_mean", "exprgen_q05"]
+    # From anndata 0.13 on, None among the layers is X.
+    names = [name for name in adata.layers if name is not None]
+    assert names == ["counts", "mine_mean", "exprgen_mean", "exprgen_q05"]
     assert list(adata.obsm) == ["X_exprgen", "X_exprgen_std", "exprgen_other"]
     assert list(adata.obs) == ["cell_type", "exprgen_log_likelihood", "exprgen_split"]
     record = adata.uns["exprgen"]
@@ -77,7 +79,7 @@ def test_again_replaces_its_own_and_what_depended_on_it(adata):
     write(adata, "exprgen", "conformal", model="NBVAE", layers={"lower": layer()}, info={})
     write(adata, "exprgen", "denoise", model="NBVAE", layers={"denoised": layer()}, info={})
     predict(adata, 2.0, names=("mean",), replaces=("conformal",))
-    assert list(adata.layers)[2:] == ["exprgen_mean", "exprgen_denoised"]
+    assert list(adata.layers)[-2:] == ["exprgen_mean", "exprgen_denoised"]
     assert adata.layers["exprgen_mean"][0, 0] == 2
     assert adata.uns["exprgen"]["slots"].tolist() == [
         "layers/exprgen_denoised",
