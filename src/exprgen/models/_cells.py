@@ -55,7 +55,7 @@ class Cells:
     """Some of an AnnData's cells, checked and encoded.
 
     ``rows`` ``(n,)`` are their positions in ``adata``; ``codes`` ``(n, width)`` and ``library``
-    ``(n,)`` are theirs, ``split`` ``(n_obs,)`` says of every cell whether training used it.
+    ``(n,)`` are theirs.
     """
 
     adata: AnnData
@@ -63,7 +63,6 @@ class Cells:
     rows: np.ndarray
     codes: np.ndarray
     library: np.ndarray
-    split: pd.Categorical
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -243,8 +243,7 @@ class ModelCore(BaseModelClass):
         rows = np.arange(adata.n_obs)
         if indices is not None:
             rows = _arguments.check_indices(indices, adata.n_obs)
-        split = split_labels(cell_keys(adata, reader), self.cell_keys_)
-        return Cells(adata, reader, rows, codes[rows], library[rows], split)
+        return Cells(adata, reader, rows, codes[rows], library[rows])
 
     def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
         """Column of ``adata`` for each of the model's genes; layers need all of them and no more.

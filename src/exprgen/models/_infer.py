@@ -92,7 +92,7 @@ class InferMixin(ModelCore):
                 key_added,
                 "log_likelihood",
                 model=type(self).__name__,
-                obs={"log_likelihood": values, "split": cells.split},
+                obs={"log_likelihood": values, "split": self._split_of(cells.adata)},
                 info=info,
                 overwrite=overwrite,
             )

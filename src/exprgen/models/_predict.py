@@ -244,6 +244,7 @@ class PredictMixin(ModelCore):
         seed = resolve_seed(seed)
         adata = self._own_data() if adata is None else adata
         cells = self._cells(adata, unseen="error" if batch == "observed" else "null")
+        split = self._split_of(cells.adata)
         if selected is None:
             self._check_same_genes(cells.adata)
         codes = self._batches_to_decode(batch)
@@ -276,7 +277,7 @@ class PredictMixin(ModelCore):
             "denoise",
             results,
             info,
-            split=cells.split,
+            split=split,
             selected=selected,
             key_added=key_added,
             overwrite=overwrite,

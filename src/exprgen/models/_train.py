@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from scvi.train import TrainRunner
 
-from exprgen import _arguments, _validate
+from exprgen import _arguments
 from exprgen._errors import closest
 from exprgen._random import isolated
-from exprgen.models._cells import GeneReader, cell_keys, library_of
+from exprgen.models._cells import cell_keys
 from exprgen.models._core import ModelCore
-from exprgen.models._fields import check_unchanged, encode_cells
+from exprgen.models._fields import check_unchanged
 from exprgen.spaces import DataMoments
 from exprgen.train import (
     MONITOR,
@@ -187,18 +187,11 @@ class TrainMixin(ModelCore):
 
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""
-        layer, size_factor_key = self._setup_args["layer"], self._setup_args["size_factor_key"]
+        size_factor_key = self._setup_args["size_factor_key"]
         check_unchanged(self.schema, self._setup_state["digests"], self.adata, size_factor_key)
-        summary = _validate.check_query_data(
-            self.adata,
-            layer,
-            needs_counts=self.needs_counts,
-            allow_non_integer=self._setup_args["allow_non_integer"],
-        )
-        reader = GeneReader(_validate.matrix_of(self.adata, layer))
-        library = library_of(self.adata, size_factor_key, summary.row_totals)
-        codes = encode_cells(self.schema, self.adata)
-        return CellDataset(reader, codes, library), cell_keys(self.adata, reader)
+        cells = self._cells(None)
+        dataset = CellDataset(cells.reader, cells.codes, cells.library)
+        return dataset, cell_keys(self.adata, cells.reader)
 
     def _split(
         self, train_size: float, validation_size: float | None, split_key: str | None
