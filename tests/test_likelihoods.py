@@ -11,10 +11,10 @@ from scipy import stats
 from exprgen.likelihoods import (
     ContaminatedNegativeBinomial,
     NegativeBinomial,
-    _invert,
     draw_negative_binomial,
     negative_binomial_log_prob,
 )
+from exprgen.likelihoods._negative_binomial import _invert
 
 # Mean and inverse dispersion: nearly all zeros, nearly Poisson, heavy tails far beyond the count
 # at which the recursion hands over to scipy, both sides of the mean at which the method changes.

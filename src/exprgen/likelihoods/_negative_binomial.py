@@ -1,4 +1,4 @@
-r"""Likelihoods of expression given its mean.
+r"""Negative binomial likelihoods, without and with outliers.
 
 The negative binomial with mean :math:`\mu` and inverse dispersion :math:`\theta` (variance
 :math:`\mu + \mu^2/\theta`) is written in :math:`s = \log\mu - \log\theta`:
@@ -26,17 +26,16 @@ numbers:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from exprgen.likelihoods._base import Likelihood
+
 __all__ = [
     "ContaminatedNegativeBinomial",
-    "Likelihood",
     "NegativeBinomial",
     "draw_negative_binomial",
     "negative_binomial_log_prob",
@@ -168,47 +167,6 @@ def _invert(uniform: Tensor, s: Tensor, theta: Tensor) -> Tensor:
     tail = stats.nbinom.ppf(uniform.numpy(), theta.numpy(), 1 - success.numpy())
     counts[index] = torch.from_numpy(tail).float()
     return counts
-
-
-class Likelihood(nn.Module, ABC):
-    """p(x | location): what the decoder's output means for the data.
-
-    ``location`` is ``(n_obs, n_vars)``; parameters that cells share live in the module.
-    """
-
-    is_count: bool
-    """Whether draws are counts."""
-
-    @abstractmethod
-    def initialize(self, expected: Tensor, expected_square: Tensor, residual: Tensor) -> None:
-        """Start from the training cells, as if only depth told them apart.
-
-        Parameters
-        ----------
-        expected, expected_square, residual
-            Sums over cells of the expected value Lρ, of its square, and of the squared difference
-            from it, each ``(n_vars,)``.
-        """
-
-    @abstractmethod
-    def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
-        """Log-probability (counts) or log-density, summed over genes: ``(n_obs,)``, nats."""
-
-    @abstractmethod
-    def draw(self, location: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw data, ``(n_obs, n_vars)``."""
-
-    @abstractmethod
-    def mean(self, location: Tensor) -> Tensor:
-        """Expected value, ``(n_obs, n_vars)``."""
-
-    def signal(self, location: Tensor) -> Tensor:
-        """Expected value without outliers, ``(n_obs, n_vars)``: what denoising is after."""
-        return self.mean(location)
-
-    @abstractmethod
-    def variance(self, location: Tensor) -> Tensor:
-        """Variance given the location, ``(n_obs, n_vars)``."""
 
 
 class NegativeBinomial(Likelihood):
