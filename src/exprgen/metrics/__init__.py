@@ -8,25 +8,83 @@ few of these measures reach their ideal even then.
 
 from __future__ import annotations
 
-from exprgen.metrics._calibration import coverage
+from exprgen.metrics._calibration import coverage, crps, interval_score, pit, sharpness
 from exprgen.metrics._classifier import c2st_auc
+from exprgen.metrics._differential import (
+    de_overlap,
+    fold_change_rank_correlation,
+    fold_change_slope,
+    log_fold_changes,
+)
+from exprgen.metrics._distances import (
+    MMDTest,
+    energy_distance,
+    median_distance,
+    mmd,
+    mmd_test,
+    sliced_wasserstein,
+    wasserstein,
+)
+from exprgen.metrics._downstream import train_on_synthetic_f1
 from exprgen.metrics._features import QUALITY_FEATURES, log_cp10k, pooled_pcs, quality_features
+from exprgen.metrics._memorisation import (
+    Memorisation,
+    membership_auc,
+    memorisation,
+    nearest_neighbour_ratio,
+)
 from exprgen.metrics._moments import (
+    MomentAgreement,
     gene_correlation_agreement,
+    log_total_ratio,
     mean_correlation,
+    moment_agreement,
     variance_ratio,
     zero_fraction_difference,
 )
+from exprgen.metrics._neighbours import PRDC, local_mixing, precision_recall_density_coverage
 
 __all__ = [
+    # what cells are compared in
     "QUALITY_FEATURES",
-    "c2st_auc",
-    "coverage",
-    "gene_correlation_agreement",
     "log_cp10k",
-    "mean_correlation",
     "pooled_pcs",
     "quality_features",
+    # whole distributions
+    "c2st_auc",
+    "energy_distance",
+    "MMDTest",
+    "median_distance",
+    "mmd",
+    "mmd_test",
+    "sliced_wasserstein",
+    "wasserstein",
+    "PRDC",
+    "local_mixing",
+    "precision_recall_density_coverage",
+    # genes
+    "MomentAgreement",
+    "gene_correlation_agreement",
+    "log_total_ratio",
+    "mean_correlation",
+    "moment_agreement",
     "variance_ratio",
     "zero_fraction_difference",
+    # differences between groups
+    "de_overlap",
+    "fold_change_rank_correlation",
+    "fold_change_slope",
+    "log_fold_changes",
+    # uncertainty
+    "coverage",
+    "crps",
+    "interval_score",
+    "pit",
+    "sharpness",
+    # privacy and use
+    "Memorisation",
+    "membership_auc",
+    "memorisation",
+    "nearest_neighbour_ratio",
+    "train_on_synthetic_f1",
 ]

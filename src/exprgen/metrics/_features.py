@@ -87,22 +87,21 @@ def quality_features(counts: Matrix) -> np.ndarray:
         of the counts in the cell's 20 highest genes; highest count; share of the detected genes
         that have exactly one count. Shares of an empty cell are 0.
     """
-    rows = sparse.csr_matrix(counts, dtype=np.float64)
+    rows = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
     rows.eliminate_zeros()
-    detected = np.diff(rows.indptr).astype(np.float64)
+    n_obs = rows.shape[0]
+    detected = np.diff(rows.indptr)
+    row = np.repeat(np.arange(n_obs), detected)
+    # Each row's values, highest first; their position in the row is then their rank.
+    values = rows.data[np.lexsort((-rows.data, row))]
+    rank = np.arange(values.size) - np.repeat(rows.indptr[:-1], detected)
+    first, highest = rank < 20, rank == 0
+    top = np.bincount(row[first], values[first], n_obs)
+    maximum = np.bincount(row[highest], values[highest], n_obs)
+    ones = np.bincount(row[values == 1], minlength=n_obs)
     library = _row_totals(rows)
-    top = np.zeros_like(library)
-    maximum = np.zeros_like(library)
-    ones = np.zeros_like(library)
-    for i, (start, stop) in enumerate(zip(rows.indptr[:-1], rows.indptr[1:], strict=True)):
-        values = rows.data[start:stop]
-        if values.size:
-            k = min(20, values.size)
-            top[i] = np.partition(values, values.size - k)[values.size - k :].sum()
-            maximum[i] = values.max()
-            ones[i] = (values == 1).sum()
     top /= np.maximum(library, 1e-300)
-    ones /= np.maximum(detected, 1)
+    ones = ones / np.maximum(detected, 1)
     return np.column_stack([library, detected, top, maximum, ones])
 
 

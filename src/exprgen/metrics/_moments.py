@@ -6,10 +6,11 @@ types is easy to get right from labels alone and would hide everything else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from exprgen.metrics._checks import common_groups, group_labels
 from exprgen.metrics._features import dense
 
 if TYPE_CHECKING:
@@ -18,11 +19,22 @@ if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
 
 __all__ = [
+    "MomentAgreement",
     "gene_correlation_agreement",
+    "log_total_ratio",
     "mean_correlation",
+    "moment_agreement",
     "variance_ratio",
     "zero_fraction_difference",
 ]
+
+
+class MomentAgreement(NamedTuple):
+    """Concordance of gene-wise means, standard deviations and shares of zeros."""
+
+    mean: float
+    sd: float
+    zero_fraction: float
 
 
 def variance_ratio(
@@ -159,6 +171,88 @@ def gene_correlation_agreement(
     return _pearson(corr_s, corr_r)
 
 
+def moment_agreement(
+    synthetic: Matrix,
+    real: Matrix,
+    *,
+    groups_synthetic: np.ndarray | None = None,
+    groups_real: np.ndarray | None = None,
+) -> MomentAgreement:
+    """Concordance over genes of means, standard deviations and shares of zeros :cite:p:`lin1989`.
+
+    Unlike a correlation, concordance falls if all values are too high or too spread.
+
+    Parameters
+    ----------
+    synthetic, real
+        Values on one scale, usually :func:`log_cp10k`; shapes ``(n_synthetic, n_vars)`` and
+        ``(n_real, n_vars)``. Take equal numbers of cells: the values grow with them.
+    groups_synthetic, groups_real
+        Group of every cell, as in :func:`variance_ratio`.
+
+    Returns
+    -------
+    MomentAgreement
+        ``mean``, ``sd`` and ``zero_fraction``, each in [-1, 1] and averaged over groups by their
+        number of real cells; 1 is best, and real against real cells are close below it. Guards,
+        not goals: genes drawn independently reach it.
+
+    Raises
+    ------
+    ValueError
+        No group has two cells on both sides.
+    """
+    found, sizes = [], []
+    for s, r in _pairs(synthetic, real, groups_synthetic, groups_real):
+        found.append(
+            [
+                _concordance(s.mean(axis=0), r.mean(axis=0)),
+                _concordance(s.std(axis=0, ddof=1), r.std(axis=0, ddof=1)),
+                _concordance((s == 0).mean(axis=0), (r == 0).mean(axis=0)),
+            ]
+        )
+        sizes.append(len(r))
+    return MomentAgreement(*np.average(found, axis=0, weights=sizes).tolist())
+
+
+def log_total_ratio(
+    counts_synthetic: Matrix,
+    counts_real: Matrix,
+    *,
+    groups_synthetic: np.ndarray | None = None,
+    groups_real: np.ndarray | None = None,
+) -> float:
+    """Variance of the log total counts within groups, synthetic over real.
+
+    Parameters
+    ----------
+    counts_synthetic, counts_real
+        Counts, shapes ``(n_synthetic, n_vars)`` and ``(n_real, n_vars)``.
+    groups_synthetic, groups_real
+        Group of every cell, as in :func:`variance_ratio`.
+
+    Returns
+    -------
+    float
+        Not negative; 1 is best and, up to noise, what real against real cells give. Below 1, cells
+        are too alike in their depth. Variances, of log(1 + total), are averaged over groups by
+        their number of real cells before the ratio is taken. ``nan`` if real totals do not vary.
+
+    Raises
+    ------
+    ValueError
+        No group has two cells on both sides.
+    """
+    totals = [
+        np.log1p(np.asarray(counts.sum(axis=1), dtype=np.float64)).reshape(-1, 1)
+        for counts in (counts_synthetic, counts_real)
+    ]
+    pairs = list(_pairs(totals[0], totals[1], groups_synthetic, groups_real))
+    of_synthetic = sum(len(r) * s.var(ddof=1) for s, r in pairs)
+    of_real = sum(len(r) * r.var(ddof=1) for _, r in pairs)
+    return float(of_synthetic / of_real) if of_real > 0 else float("nan")
+
+
 def _pairs(
     synthetic: Matrix,
     real: Matrix,
@@ -166,25 +260,31 @@ def _pairs(
     groups_real: np.ndarray | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The two sides of every group that has two cells on both, dense float64."""
-    if (groups_synthetic is None) != (groups_real is None):
-        raise ValueError("groups_synthetic and groups_real must both be given, or neither.")
-    if groups_synthetic is None or groups_real is None:
-        groups_synthetic, groups_real = np.zeros(synthetic.shape[0]), np.zeros(real.shape[0])
-    groups_synthetic, groups_real = np.asarray(groups_synthetic), np.asarray(groups_real)
-    found = False
-    for group in dict.fromkeys(groups_real.tolist()):
-        in_s, in_r = groups_synthetic == group, groups_real == group
-        if min(in_s.sum(), in_r.sum()) >= 2:
-            found = True
-            yield dense(synthetic[in_s]).astype(np.float64), dense(real[in_r]).astype(np.float64)
-    if not found:
-        raise ValueError("No group has at least two cells on both sides.")
+    of_s, of_r = group_labels(
+        groups_synthetic=(groups_synthetic, synthetic.shape[0]),
+        groups_real=(groups_real, real.shape[0]),
+    )
+    if synthetic.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"synthetic and real differ in their genes: {synthetic.shape[1]} and {real.shape[1]}."
+        )
+    for group in common_groups(of_s, of_r):
+        yield tuple(
+            dense(x[of == group]).astype(np.float64) for x, of in ((synthetic, of_s), (real, of_r))
+        )
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def _concordance(a: np.ndarray, b: np.ndarray) -> float:
+    """Lin's concordance correlation coefficient; 1 where both are constant and equal."""
+    a0, b0 = a - a.mean(), b - b.mean()
+    spread = a0 @ a0 + b0 @ b0 + len(a) * (a.mean() - b.mean()) ** 2
+    return float(2 * (a0 @ b0) / spread) if spread > 0 else 1.0
 
 
 def _zero_fraction(counts: Matrix) -> np.ndarray:
