@@ -537,7 +537,7 @@ def test_C21_zeros(plain):
     likelihood = plain.module.space.likelihood
     with torch.no_grad():
         noise = torch.Generator().manual_seed(1)
-        _, location = plain.module.sample(torch.zeros(n_obs, 0), noise)
+        _, (location, _) = plain.module.sample(torch.zeros(n_obs, 0), noise)
         theta = likelihood.log_dispersion.exp()
         clean = (theta / (theta + location.exp())).pow(theta).mean(0)
         expected = ((1 - likelihood.outlier_rate) * clean).numpy()

@@ -22,7 +22,7 @@ from exprgen._layout import ConditionLayout
 from exprgen.densities import Gaussian, Mixture
 from exprgen.likelihoods import NegativeBinomial
 from exprgen.module import ExpressionModule
-from exprgen.spaces import LatentSpace
+from exprgen.spaces import Decoded, LatentSpace
 
 
 def _generator(seed=0):
@@ -53,11 +53,12 @@ class Linear(nn.Module):
         orthogonal, _ = torch.linalg.qr(torch.randn(6, 3, generator=_generator()).double())
         self.weight = orthogonal * torch.tensor([0.8, 2.0, 1.3]).double()
         self.features = SimpleNamespace(conditions=lambda c: c)
-        self.depth = SimpleNamespace(
-            observed=observed, standardise=lambda log_depth, offset: log_depth - offset
-        )
+        self.depth = SimpleNamespace(observed=observed)
+        self.standardised_depth = lambda log_depth, c: log_depth - 0.5
         self.likelihood = SimpleNamespace(
-            log_prob=lambda x, mean: distributions.Normal(mean, NOISE_SD).log_prob(x).sum(-1)
+            log_prob=lambda x, location, extra=None: (
+                distributions.Normal(location, NOISE_SD).log_prob(x).sum(-1)
+            )
         )
         self.prior, self.shift, self.widen, self.donors = prior, shift, widen, None
 
@@ -68,11 +69,8 @@ class Linear(nn.Module):
         sd = precision.rsqrt()
         return posterior + self.shift * sd, self.widen * sd
 
-    def decode(self, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Tensor:
-        return y @ self.weight.T
-
-    def depth_offset(self, c: Tensor) -> Tensor:
-        return torch.full((len(c),), 0.5).double()
+    def decode(self, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Decoded:
+        return Decoded(y @ self.weight.T)
 
     def known_effect(self, c: Tensor) -> None:
         return None
@@ -142,7 +140,7 @@ def test_the_loss_is_minus_the_elbo():
     for seed in range(400):
         mean, sd = module.space.encode(x, c, library)
         y = mean + sd * torch.randn(sd.shape, generator=_generator(seed)).double()
-        drawn = {"mean": mean, "sd": sd, "y": y}, {"location": module.space.decode(y, c)}
+        drawn = {"mean": mean, "sd": sd, "y": y}, {"decoded": module.space.decode(y, c)}
         output = module.loss(batch, *drawn)
         losses.append(float(output.loss))
         assert float((output.reconstruction_loss_sum + output.kl_local_sum) / len(x)) == (
@@ -205,7 +203,7 @@ def _quadrature(module, x, c, *, last=None, n=160, width=7.0):
     log_prior = module.density.log_prob(y, features.expand(len(y), -1)).double().numpy()
     if last is not None:
         log_prior = log_prior - float(module.density.log_prob_last(last[None], features))
-    mean = module.space.decode(y, c.expand(len(y), -1)).double().exp().numpy()
+    mean = module.space.decode(y, c.expand(len(y), -1)).location.double().exp().numpy()
     theta = module.space.likelihood.log_dispersion.exp().double().numpy()
     log_p = np.zeros((len(x), len(y)))
     for g in range(x.shape[1]):
@@ -300,7 +298,7 @@ def test_sampled_counts_follow_the_likelihood():
     module, n = _toy(2, mean_log_depth=0.7), 120_000
     for c in CELLS:
         noise = _generator(4)
-        _, location = module.sample(c.expand(n, -1), noise)
+        _, (location, _) = module.sample(c.expand(n, -1), noise)
         drawn = module.space.likelihood.draw(location, noise)
         x = _all_counts(2, 12)
         expected = _quadrature(module, x, c).exp().numpy() * n
@@ -318,10 +316,10 @@ def test_fixed_depth_and_effects_reach_the_counts():
     c = torch.tensor([[0, 0, 1.0]]).expand(20_000, -1)
     fixed = torch.full((len(c),), math.log(50.0))
     effect = torch.tensor([0.0, math.log(4), 0.0]).expand(len(c), -1)
-    y, location = module.sample(c, _generator(), log_depth=fixed)
+    y, (location, _) = module.sample(c, _generator(), log_depth=fixed)
     torch.testing.assert_close(module.space.log_depth(y, c), fixed)
     torch.testing.assert_close(location.exp().sum(1), torch.full((len(c),), 50.0))
-    _, shifted = module.sample(c, _generator(), log_depth=fixed, effect=effect)
+    _, (shifted, _) = module.sample(c, _generator(), log_depth=fixed, effect=effect)
     # A donor changes the composition, not the depth that was asked for.
     torch.testing.assert_close(shifted.exp().sum(1), torch.full((len(c),), 50.0))
     moved = shifted - location

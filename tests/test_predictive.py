@@ -16,7 +16,7 @@ from exprgen.models._statistics import (
     predictive_of_cell,
     predictive_of_mean,
 )
-from exprgen.spaces import DonorEffect
+from exprgen.spaces import Decoded, DonorEffect
 
 N_VARS = 4
 CENTRE = np.array([-1.0, 0.5, 2.0, 3.0])
@@ -46,7 +46,7 @@ def _module(n_donors=0, kind=NegativeBinomial):
 def _location(n=N_SAMPLES, seed=1):
     """Log means that are Gaussian, so that all moments of means are known."""
     noise = torch.randn(n, N_VARS, generator=_generator(seed))
-    return torch.from_numpy(CENTRE).float() + torch.from_numpy(SD).float() * noise
+    return Decoded(torch.from_numpy(CENTRE).float() + torch.from_numpy(SD).float() * noise)
 
 
 @pytest.mark.parametrize("donor", [None, -1, 2])
@@ -99,7 +99,9 @@ def test_the_mean_of_cells_of_one_donor_is_that_of_simulated_cells(donor):
     law = predictive_of_mean(module, _location(20_000), donor, _generator(3), n_cells)
     mean, variance = module.space.donors.law(donor)
     effect = mean + variance.sqrt() * torch.randn(n, N_VARS, generator=_generator(4))
-    location = _location(n * n_cells, seed=5) + effect.repeat_interleave(n_cells, 0).detach()
+    location = (
+        _location(n * n_cells, seed=5).location + effect.repeat_interleave(n_cells, 0).detach()
+    )
     cells = module.space.likelihood.draw(location, _generator(6)).numpy()
     means = cells.reshape(n, n_cells, N_VARS).mean(1)
     slots = law.slots((0.05, 0.95), ["q05", "q95"])

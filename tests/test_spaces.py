@@ -277,7 +277,7 @@ def test_decoding_multiplies_depth_composition_and_donor():
     torch.testing.assert_close(log_rho.exp().sum(1), torch.ones(5))
     effect = torch.randn(5, 6, generator=_generator(1))
     expected = log_rho + space.log_depth(y, c)[:, None] + effect
-    torch.testing.assert_close(space.decode(y, c, effect), expected)
+    torch.testing.assert_close(space.decode(y, c, effect).location, expected)
     assert torch.equal(space.known_effect(c), space.donors.posterior_mean[c[:, 3].long()])
     # Composition depends on the conditions and the batch, not on the donor.
     assert torch.equal(space.log_composition(y[:, :2], _change(c, 3, -1)), log_rho)
@@ -327,7 +327,9 @@ def test_initialize_starts_from_mean_expression_and_dispersion(observed):
     x = rng.poisson(rng.gamma(theta, mean / theta)).astype(float)
     library = depth if observed else x.sum(1)
     x, library = torch.from_numpy(x), torch.from_numpy(library)
-    moments = DataMoments(library, torch.zeros(n, 0), x.sum(0), x.square().sum(0), library @ x)
+    moments = DataMoments(
+        library, torch.zeros(n, 0), x.sum(0), x.square().sum(0), library @ x, x.amin(0)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         space = LatentSpace(

@@ -21,7 +21,7 @@ from exprgen.densities._base import gaussian_entropy
 
 if TYPE_CHECKING:
     from exprgen.densities import ConditionalDensity
-    from exprgen.spaces import LatentSpace
+    from exprgen.spaces import Decoded, Space
 
 __all__ = ["ExpressionModule"]
 
@@ -37,7 +37,7 @@ class ExpressionModule(BaseModuleClass):
         p(y | c).
     """
 
-    def __init__(self, space: LatentSpace, density: ConditionalDensity) -> None:
+    def __init__(self, space: Space, density: ConditionalDensity) -> None:
         super().__init__()
         self.space = space
         self.density = density
@@ -68,31 +68,34 @@ class ExpressionModule(BaseModuleClass):
     @auto_move_data
     def generative(
         self, y: Tensor, c: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Location of the likelihood, ``(n_obs, n_vars)``."""
+    ) -> dict[str, Decoded]:
+        """Location of the likelihood, ``(n_obs, n_vars)``, and its further heads."""
         donors = self.space.donors
         effect = None if donors is None else donors(self.space.features.donor(c), generator)
-        return {"location": self.space.decode(y, c, effect)}
+        return {"decoded": self.space.decode(y, c, effect)}
 
     def loss(
         self,
         tensors: dict[str, Tensor],
         inference_outputs: dict[str, Tensor],
-        generative_outputs: dict[str, Tensor],
+        generative_outputs: dict[str, Decoded],
         *,
         kl_weight: float = 1.0,
+        beta: float = 1.0,
         n_obs_training: int = 1,
     ) -> LossOutput:
-        """Negative ELBO, nats per cell; the KL term weighted by ``kl_weight`` while warming up.
+        """Negative ELBO, nats per cell; the KL terms weighted by ``kl_weight`` while warming up.
 
+        ``beta`` multiplies the weight of the KL divergence of y, and of nothing else
+        :cite:p:`higgins2017`.
         The donors' KL divergence belongs to the whole training set of ``n_obs_training`` cells.
         """
         features = self.space.features.conditions(tensors["c"])
         reconstruction = -self.space.likelihood.log_prob(
-            tensors["x"], generative_outputs["location"]
+            tensors["x"], *generative_outputs["decoded"]
         )
         kl = self.density.kl(**inference_outputs, features=features)
-        loss = (reconstruction + kl_weight * kl).mean()
+        loss = (reconstruction + kl_weight * beta * kl).mean()
         if self.space.donors is not None:
             loss = loss + kl_weight * self.space.donors.kl() / n_obs_training
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
@@ -107,8 +110,8 @@ class ExpressionModule(BaseModuleClass):
         *,
         log_depth: Tensor | None = None,
         effect: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw y and the location of the likelihood from p(· | c).
+    ) -> tuple[Tensor, Decoded]:
+        """Draw y and what the likelihood reads from p(· | c).
 
         Parameters
         ----------
@@ -119,18 +122,21 @@ class ExpressionModule(BaseModuleClass):
         log_depth
             Fixed log depth, ``(n_obs,)``; drawn jointly with z where ``None``.
         effect
-            Donors' log factors, ``(n_obs, n_vars)``.
+            Donors' effects, ``(n_obs, n_vars)``.
 
         Returns
         -------
-        y ``(n_obs, n_dims)`` and location ``(n_obs, n_vars)``.
+        y ``(n_obs, n_dims)`` and the decoder's output.
+
+        Raises
+        ------
+        ValueError
+            If depth is to be fixed where there is none.
         """
-        last = None
-        if log_depth is not None:
-            last = self.space.depth.standardise(log_depth, self.space.depth_offset(c))
+        last = None if log_depth is None else self.space.standardised_depth(log_depth, c)
         y = self.density.sample(self.space.features.conditions(c), generator, last)
-        location = self.space.decode(y, c, effect)
-        return y, location if log_depth is None else self.space.at_depth(location, log_depth)
+        decoded = self.space.decode(y, c, effect)
+        return y, decoded if log_depth is None else self.space.at_depth(decoded, log_depth)
 
     @torch.no_grad()
     def log_likelihood(
@@ -151,10 +157,9 @@ class ExpressionModule(BaseModuleClass):
         """
         space, features = self.space, self.space.features.conditions(c)
         mean, sd = space.encode(x, c, library)
-        conditional = given_depth or space.depth.observed
+        conditional = given_depth or (space.depth is not None and space.depth.observed)
         if conditional:
-            log_depth = library.clamp(min=0.5).log()
-            mean[:, -1] = space.depth.standardise(log_depth, space.depth_offset(c))
+            mean[:, -1] = space.standardised_depth(library.clamp(min=0.5).log(), c)
             sd[:, -1] = 0
         effect = space.known_effect(c)
         total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
@@ -165,7 +170,8 @@ class ExpressionModule(BaseModuleClass):
             # log q(y) = -entropy + (d - |noise|²)/2 over the inferred coordinates.
             inferred = (sd > 0).double()
             log_q = -entropy + 0.5 * (inferred * (1 - noise.double().square())).sum(-1)
-            log_p = space.likelihood.log_prob(x.double(), space.decode(y, c, effect).double())
+            decoded = space.decode(y, c, effect).double()
+            log_p = space.likelihood.log_prob(x.double(), *decoded)
             weight = log_p + self.density.log_prob(y, features).double() - log_q
             total = torch.logaddexp(total, weight)
         value = total - math.log(n_samples)
@@ -177,4 +183,5 @@ class ExpressionModule(BaseModuleClass):
     def represent(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, c), both ``(n_obs, n_latent)``."""
         mean, sd = self.space.encode(x, c, library)
-        return mean[:, :-1], sd[:, :-1]
+        n_latent = self.space.n_latent
+        return mean[:, :n_latent], sd[:, :n_latent]

@@ -184,6 +184,10 @@ class GenerativeTrainingPlan(TrainingPlan):
         AdamW's, on weight matrices of the networks only.
     kl_warmup
         Fraction of the steps over which the weight of the KL term grows from 0 to 1.
+    beta
+        Final weight of the KL divergence of the latent state :cite:p:`higgins2017`: above 1 the
+        state holds less of the data, below 1 more. What is logged, and what the best epoch is
+        chosen by, is the ELBO itself, in which it weighs 1.
     lr_warmup
         Fraction of the steps over which the learning rate grows to ``lr``, before it falls to 0.
     seed
@@ -203,10 +207,13 @@ class GenerativeTrainingPlan(TrainingPlan):
         donor_lr_factor: float = 10.0,
         weight_decay: float = 1e-4,
         kl_warmup: float = 0.2,
+        beta: float = 1.0,
         lr_warmup: float = 0.2,
         seed: int = 0,
     ) -> None:
-        self.kl_warmup = kl_warmup
+        if not (math.isfinite(beta) and beta >= 0):
+            raise ValueError(f"beta must be finite and not negative, got {beta!r}.")
+        self.kl_warmup, self.beta = kl_warmup, beta
         super().__init__(module, optimizer="AdamW", lr=lr, eps=1e-8, weight_decay=weight_decay)
         self.n_cells = n_obs_training
         self.density_lr_factor = density_lr_factor
@@ -228,7 +235,11 @@ class GenerativeTrainingPlan(TrainingPlan):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch; a loss that is not finite stops the training and says where."""
-        losses = {"kl_weight": self.kl_weight, "n_obs_training": self.n_cells}
+        losses = {
+            "kl_weight": self.kl_weight,
+            "beta": self.beta,
+            "n_obs_training": self.n_cells,
+        }
         _, _, output = self.module(batch, loss_kwargs=losses)
         if not torch.isfinite(output.loss):
             raise TrainingDivergedError(

@@ -1,17 +1,26 @@
-"""Likelihoods of expression given its mean."""
+"""Likelihoods of expression given the decoder's output."""
 
-from exprgen.likelihoods._base import Likelihood
+from exprgen.likelihoods._base import Dispersion, Likelihood, Start
+from exprgen.likelihoods._gaussian import Gaussian, MixtureOfGaussians
 from exprgen.likelihoods._negative_binomial import (
     ContaminatedNegativeBinomial,
     NegativeBinomial,
     draw_negative_binomial,
     negative_binomial_log_prob,
 )
+from exprgen.likelihoods._poisson import Poisson
+from exprgen.likelihoods._zero_inflated import ZeroInflatedNegativeBinomial
 
 __all__ = [
     "ContaminatedNegativeBinomial",
+    "Dispersion",
+    "Gaussian",
     "Likelihood",
+    "MixtureOfGaussians",
     "NegativeBinomial",
+    "Poisson",
+    "Start",
+    "ZeroInflatedNegativeBinomial",
     "draw_negative_binomial",
     "negative_binomial_log_prob",
 ]

@@ -32,7 +32,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from exprgen.likelihoods._base import Likelihood
+from exprgen.likelihoods._base import Dispersion, Likelihood, Start
 
 __all__ = [
     "ContaminatedNegativeBinomial",
@@ -70,12 +70,13 @@ def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tens
     ``(n_obs,)``, nats per cell, in the precision of the arguments: held-out likelihoods want
     float64, for in float32 the gamma terms lose digits at large θ.
     """
-    at_zero = _log_prob_at_zero(log_mean, log_dispersion)
+    at_zero = log_prob_at_zero(log_mean, log_dispersion)
     rows, _, nonzero = _at_nonzero(x, log_mean, log_dispersion)
     return at_zero.sum(-1).index_add(0, rows, nonzero)
 
 
-def _log_prob_at_zero(log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+def log_prob_at_zero(log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+    """Log-probability of a count of 0, in the shape that the arguments broadcast to."""
     return -log_dispersion.exp() * softplus(log_mean - log_dispersion)
 
 
@@ -94,6 +95,16 @@ def _at_nonzero(
     terms = counts * (s - log1p_ratio) + torch.lgamma(counts + theta)
     terms = terms - torch.lgamma(theta) - torch.lgamma(counts + 1)
     return rows, (counts, -theta * log1p_ratio), terms
+
+
+def check_drawable(log_mean: Tensor) -> None:
+    """Refuse means above 1e9, or that are no numbers: draws would not be counts."""
+    largest = float(log_mean.max()) if log_mean.numel() else 0.0
+    if not largest <= _LARGEST_LOG_MEAN:
+        raise ValueError(
+            f"Means of up to exp({largest:.3g}) cannot be drawn as counts: the conditions are too "
+            "far outside what training saw, or library or log_fold_change is too large."
+        )
 
 
 def draw_negative_binomial(
@@ -125,15 +136,10 @@ def draw_negative_binomial(
     ValueError
         If a mean is above 1e9 or not a number.
     """
-    largest = float(log_mean.max()) if log_mean.numel() else 0.0
-    if not largest <= _LARGEST_LOG_MEAN:
-        raise ValueError(
-            f"Means of up to exp({largest:.3g}) cannot be drawn as counts: the conditions are too "
-            "far outside what training saw, or library or log_fold_change is too large."
-        )
+    check_drawable(log_mean)
     log_dispersion = log_dispersion.expand_as(log_mean)
     s = log_mean - log_dispersion
-    log_p0 = _log_prob_at_zero(log_mean, log_dispersion)
+    log_p0 = log_prob_at_zero(log_mean, log_dispersion)
     counts = torch.zeros_like(log_mean, dtype=torch.float32)
     # Double precision: a float32 uniform number cannot reach quantiles beyond 1 - 6e-8.
     uniform = torch.rand(log_mean.shape, generator=generator, dtype=torch.float64)
@@ -170,51 +176,64 @@ def _invert(uniform: Tensor, s: Tensor, theta: Tensor) -> Tensor:
 
 
 class NegativeBinomial(Likelihood):
-    """Negative binomial counts with one inverse dispersion per gene; location = log mean.
+    """Negative binomial counts; location = log mean.
 
     Parameters
     ----------
     n_vars
         Number of genes.
+    dispersion
+        ``"gene"``: one inverse dispersion θ per gene. ``"gene-cell"``: the first further head of
+        the decoder is added to log θ, which then differs between conditions and states.
     """
 
     is_count = True
 
-    def __init__(self, n_vars: int) -> None:
+    def __init__(self, n_vars: int, *, dispersion: Dispersion = "gene") -> None:
         super().__init__()
+        self._has_dispersion_head = dispersion == "gene-cell"
+        self.n_heads = 1 + self._has_dispersion_head
         self.log_dispersion = nn.Parameter(torch.zeros(n_vars))
 
+    def _log_theta(self, location: Tensor, extra: Tensor | None) -> Tensor:
+        """Log θ of each gene, or of each cell and gene, in the precision of ``location``."""
+        log_dispersion = self.log_dispersion.to(location.dtype)
+        if extra is None or not self._has_dispersion_head:
+            return log_dispersion
+        return log_dispersion + extra[:, 0]
+
     @torch.no_grad()
-    def initialize(self, expected: Tensor, expected_square: Tensor, residual: Tensor) -> None:
+    def initialize(self, start: Start) -> None:
         """Dispersions by the method of moments, Σ((x - Lρ)² - Lρ) = Σ L²ρ²/θ.
 
         Where counts are too few to tell they are shrunk to a common value. They include
         differences between cells that the latent state will explain: θ grows from there.
         """
-        excess = residual - expected + _PRIOR_EVIDENCE / _PRIOR_DISPERSION
-        overdispersion = excess / (expected_square + _PRIOR_EVIDENCE)
+        excess = start.residual - start.expected + _PRIOR_EVIDENCE / _PRIOR_DISPERSION
+        overdispersion = excess / (start.expected_square + _PRIOR_EVIDENCE)
         self.log_dispersion.copy_(-overdispersion.clamp(1e-2, 1e2).log())
 
-    def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
         return negative_binomial_log_prob(
-            x.to(location.dtype), location, self.log_dispersion.to(location.dtype)
+            x.to(location.dtype), location, self._log_theta(location, extra)
         )
 
-    def draw(self, location: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(
+        self, location: Tensor, generator: torch.Generator, extra: Tensor | None = None
+    ) -> Tensor:
         """Integer counts as float32, on the CPU."""
-        return draw_negative_binomial(
-            location.cpu(), self.log_dispersion.detach().cpu(), generator
-        )
+        log_dispersion = self._log_theta(location, extra).detach()
+        return draw_negative_binomial(location.cpu(), log_dispersion.cpu(), generator)
 
-    def mean(self, location: Tensor) -> Tensor:
+    def mean(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """``exp(location)``, in counts."""
         return location.exp()
 
-    def variance(self, location: Tensor) -> Tensor:
+    def variance(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """``μ + μ²/θ``, in counts squared."""
         mean = location.exp()
-        return mean + mean.square() * (-self.log_dispersion).exp()
+        return mean + mean.square() * (-self._log_theta(location, extra)).exp()
 
 
 class ContaminatedNegativeBinomial(NegativeBinomial):
@@ -222,12 +241,12 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     Parameters
     ----------
-    n_vars
-        Number of genes.
+    n_vars, dispersion
+        See :class:`~exprgen.likelihoods.NegativeBinomial`.
     """
 
-    def __init__(self, n_vars: int) -> None:
-        super().__init__(n_vars)
+    def __init__(self, n_vars: int, *, dispersion: Dispersion = "gene") -> None:
+        super().__init__(n_vars, dispersion=dispersion)
         self.outlier_logit = nn.Parameter(torch.tensor(-6.0))
         self.decay_logit = nn.Parameter(torch.tensor(2.0))
 
@@ -241,25 +260,25 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         """Mean of an outlier, in counts."""
         return 1 / torch.sigmoid(-self.decay_logit)
 
-    def log_prob(self, x: Tensor, location: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
         dtype = location.dtype
-        log_dispersion, outlier_logit, decay_logit = (
-            parameter.to(dtype)
-            for parameter in (self.log_dispersion, self.outlier_logit, self.decay_logit)
-        )
+        log_dispersion = self._log_theta(location, extra)
+        outlier_logit, decay_logit = self.outlier_logit.to(dtype), self.decay_logit.to(dtype)
         rows, (counts, log_zero), terms = _at_nonzero(x.to(dtype), location, log_dispersion)
         clean = logsigmoid(-outlier_logit) + log_zero + terms
         geometric = logsigmoid(-decay_logit) + (counts - 1) * logsigmoid(decay_logit)
         tiny = torch.finfo(dtype).tiny
         log_detected = (-torch.expm1(log_zero)).clamp(min=tiny).log()
         outlier = logsigmoid(outlier_logit) + log_detected + geometric
-        at_zero = _log_prob_at_zero(location, log_dispersion).sum(-1)
+        at_zero = log_prob_at_zero(location, log_dispersion).sum(-1)
         return at_zero.index_add(0, rows, torch.logaddexp(clean, outlier) - log_zero)
 
-    def draw(self, location: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(
+        self, location: Tensor, generator: torch.Generator, extra: Tensor | None = None
+    ) -> Tensor:
         """Integer counts as float32, on the CPU."""
-        counts = super().draw(location, generator)
+        counts = super().draw(location, generator, extra)
         detected = counts.nonzero()
         uniform = torch.rand(2, len(detected), generator=generator, dtype=torch.float64)
         outliers = uniform[0] < self.outlier_rate.detach().cpu()
@@ -268,25 +287,26 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         counts[detected[outliers].unbind(1)] = geometric.float()
         return counts
 
-    def mean(self, location: Tensor) -> Tensor:
+    def mean(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Of the mixture, in counts."""
         rate = self.outlier_rate
-        return (1 - rate) * location.exp() + rate * self._detected(location) * self.outlier_mean
+        background = self._detected(location, extra) * self.outlier_mean
+        return (1 - rate) * location.exp() + rate * background
 
-    def signal(self, location: Tensor) -> Tensor:
+    def signal(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """``exp(location)``, in counts."""
         return location.exp()
 
-    def variance(self, location: Tensor) -> Tensor:
+    def variance(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Of the mixture, in counts squared: within its two parts, and between them."""
         rate, outlier = self.outlier_rate, self.outlier_mean
-        detected = self._detected(location)
+        detected = self._detected(location, extra)
         background = detected * outlier
         # E x² of a geometric number from 1 up with mean m is m (2m - 1).
         of_outliers = background * (2 * outlier - 1) - background.square()
         between = rate * (1 - rate) * (location.exp() - background).square()
-        return (1 - rate) * super().variance(location) + rate * of_outliers + between
+        return (1 - rate) * super().variance(location, extra) + rate * of_outliers + between
 
-    def _detected(self, location: Tensor) -> Tensor:
+    def _detected(self, location: Tensor, extra: Tensor | None) -> Tensor:
         """Probability of a count that is not 0, ``(n_obs, n_vars)``."""
-        return -torch.expm1(_log_prob_at_zero(location, self.log_dispersion))
+        return -torch.expm1(log_prob_at_zero(location, self._log_theta(location, extra)))

@@ -13,7 +13,7 @@ from scvi.model.base import BaseModelClass
 
 from exprgen import _arguments, _slots, _validate
 from exprgen._conditions import ConditionSchema
-from exprgen._errors import GeneMismatchError, closest
+from exprgen._errors import GeneMismatchError, SetupError, closest
 from exprgen._observed import ObservedConditions
 from exprgen._random import isolated, resolve_seed
 from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
@@ -100,7 +100,8 @@ class ModelCore(BaseModelClass):
         condition_embedding_key
             Key of obsm with one vector per cell to generate on.
         size_factor_key
-            Column of obs that stands for the cells' depth, instead of their totals.
+            Column of obs that stands for the cells' depth, instead of their totals; models of
+            counts only.
         allow_non_integer
             Whether counts may have fractions (ambient-corrected ones do).
         **kwargs
@@ -119,6 +120,11 @@ class ModelCore(BaseModelClass):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         cls._check_setup_words(kwargs)
+        if size_factor_key is not None and not cls.needs_counts:
+            raise SetupError(
+                f"size_factor_key={size_factor_key!r} is for models of counts; {cls.__name__} "
+                "models values that are normalised for depth. Leave it out."
+            )
         summary = _validate.check_setup_data(
             adata, layer, needs_counts=cls.needs_counts, allow_non_integer=allow_non_integer
         )
@@ -204,6 +210,23 @@ class ModelCore(BaseModelClass):
     def _check_trained(self) -> None:
         if not self.is_trained_:
             raise RuntimeError(f"This {type(self).__name__} is not trained: call train() first.")
+
+    def _check_has_depth(self, *, default: Any = None, **argument: Any) -> None:
+        """Refuse an argument about depth or fold changes where values are normalised for depth.
+
+        Raises
+        ------
+        ValueError
+            If the argument is not left at its ``default``.
+        """
+        ((name, value),) = argument.items()
+        is_default = value is None if default is None else isinstance(value, str)
+        if self.needs_counts or (is_default and value == default):
+            return
+        raise ValueError(
+            f"{name}={value!r} needs a model of counts: {type(self).__name__} models values that "
+            f"are normalised for depth. Leave {name} out, or use exprgen.NBVAE on the counts."
+        )
 
     @property
     def _device(self) -> torch.device:

@@ -46,8 +46,8 @@ class GenerateMixin(ModelCore):
     ) -> AnnData:
         """Draw new cells for given conditions.
 
-        Every count is drawn through the whole model: latent state and depth from p(y | c), the
-        donor's effect, and the count from the likelihood.
+        Every value is drawn through the whole model: latent state and depth from p(y | c), the
+        donor's effect, and the value from the likelihood.
 
         Parameters
         ----------
@@ -66,7 +66,8 @@ class GenerateMixin(ModelCore):
             DataFrame of rows of conditions × genes.
         library
             ``"sampled"``, jointly with the latent state; or fixed depths, a number or one per
-            row of conditions, on the scale of setup (totals, or size factors).
+            row of conditions, on the scale of setup (totals, or size factors). Models of counts
+            only, as is ``log_fold_change``.
         unseen
             ``"null"`` treats a batch that training has not seen as not given.
         on_extrapolation
@@ -79,9 +80,9 @@ class GenerateMixin(ModelCore):
 
         Returns
         -------
-        New AnnData with counts (CSR) in X and the layer of setup, conditions and ``synthetic``,
-        ``library``, ``n_train``, ``support`` and ``extrapolated`` in obs, and provenance in
-        ``uns["exprgen"]``.
+        New AnnData with counts (CSR) or continuous values (dense) in X and the layer of setup,
+        conditions and ``synthetic``, ``library`` (of counts), ``n_train``, ``support`` and
+        ``extrapolated`` in obs, and provenance in ``uns["exprgen"]``.
 
         Raises
         ------
@@ -97,6 +98,8 @@ class GenerateMixin(ModelCore):
         """
         self._check_trained()
         _arguments.check_positive_int(n_obs, "n_obs", minimum=0)
+        self._check_has_depth(library=library, default="sampled")
+        self._check_has_depth(log_fold_change=log_fold_change)
         seed = resolve_seed(seed)
         query = ask(
             self.schema,
@@ -117,14 +120,13 @@ class GenerateMixin(ModelCore):
             effect = _donor_effects(self.module, query.codes[part], query.donors[part], seed)
             c = torch.from_numpy(query.codes[part]).to(self._device)
             depth = None if log_depth is None else log_depth[part].to(self._device)
-            y, location = self.module.sample(c, noise, log_depth=depth, effect=effect)
+            y, (location, extra) = self.module.sample(c, noise, log_depth=depth, effect=effect)
             if planted is not None:
                 location = location + planted(part).to(location)
-            counts = space.likelihood.draw(location, noise).numpy()
-            drawn.append((sparse.csr_matrix(counts), space.log_depth(y, c).exp().cpu().numpy()))
-        counts = _stack([counts for counts, _ in drawn], len(self.var_names))
-        depths = np.concatenate([depth for _, depth in drawn] or [np.zeros(0)])
-        return self._synthetic(query, counts, depths, seed)
+            values = space.likelihood.draw(location, noise, extra).numpy()
+            drawn.append((self._packed(values), _depths(space.log_depth(y, c))))
+        values, depths = self._stack(drawn)
+        return self._synthetic(query, values, depths, seed)
 
     @torch.no_grad()
     def counterfactual(
@@ -165,7 +167,7 @@ class GenerateMixin(ModelCore):
 
         Returns
         -------
-        New AnnData: one draw of counts per cell in X and the layer of setup, mean and standard
+        New AnnData: one draw per cell in X and the layer of setup, mean and standard
         deviation of the draws in layers, changed conditions in obs, and ``obs["source"]``, the
         name of the cell that it came from.
         """
@@ -187,7 +189,7 @@ class GenerateMixin(ModelCore):
         )
         n_vars = len(self.var_names)
         mean, std = np.zeros((2, len(source), n_vars), np.float32)
-        counts, depths = [], []
+        kept = []
         space, density = self.module.space, self.module.density
         for block, part in blocks(len(source), "Counterfactual", show=progress_bar):
             noise = generator(seed, CELL, block)
@@ -201,14 +203,14 @@ class GenerateMixin(ModelCore):
             for _ in range(n_samples):
                 y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
                 log_depth = space.log_depth(y, c)
-                location = space.decode_at((y + shift)[:, :-1], log_depth, new_c, effect)
-                drawn = space.likelihood.draw(location, noise)
+                z = (y + shift)[:, : space.n_latent]
+                location, extra = space.decode_at(z, log_depth, new_c, effect)
+                drawn = space.likelihood.draw(location, noise, extra)
                 moments.add(drawn)
             mean[part], std[part] = moments.mean.numpy(), moments.variance().sqrt().numpy()
-            counts.append(sparse.csr_matrix(drawn.numpy()))
-            depths.append(log_depth.exp().cpu().numpy())
-        cell_depths = np.concatenate(depths or [np.zeros(0)])
-        synthetic = self._synthetic(query, _stack(counts, n_vars), cell_depths, seed)
+            kept.append((self._packed(drawn.numpy()), _depths(log_depth)))
+        values, depths = self._stack(kept)
+        synthetic = self._synthetic(query, values, depths, seed)
         synthetic.obs["source"] = cells.adata.obs_names[cells.rows].to_numpy()
         synthetic.layers[f"{key_added}_mean"], synthetic.layers[f"{key_added}_std"] = mean, std
         return synthetic
@@ -233,27 +235,46 @@ class GenerateMixin(ModelCore):
             conditions[key] = np.broadcast_to(to.get(key, embedding), embedding.shape)
         return conditions
 
+    def _packed(self, values: np.ndarray) -> sparse.csr_matrix | np.ndarray:
+        """Draws ``(n, n_vars)`` in the form that they are kept in: counts are mostly 0."""
+        return sparse.csr_matrix(values) if self.needs_counts else values
+
+    def _stack(
+        self, blocks: list[tuple[sparse.csr_matrix | np.ndarray, np.ndarray]]
+    ) -> tuple[sparse.csr_matrix | np.ndarray, np.ndarray]:
+        """Draws and depths of all blocks, in order."""
+        if not blocks:
+            return self._packed(np.zeros((0, len(self.var_names)), np.float32)), np.zeros(0)
+        values, depths = zip(*blocks, strict=True)
+        stacked = sparse.vstack(values, "csr") if self.needs_counts else np.concatenate(values)
+        return stacked, np.concatenate(depths)
+
     def _synthetic(
-        self, query: Query, counts: sparse.csr_matrix, depths: np.ndarray, seed: int
+        self,
+        query: Query,
+        values: sparse.csr_matrix | np.ndarray,
+        depths: np.ndarray,
+        seed: int,
     ) -> AnnData:
         """Sampled cells as an AnnData that survives scanpy."""
         table, schema = query.table, self.schema
         obs = schema.restore(table.reset_index(drop=True))
         obs.index = [f"synthetic_{i}" for i in range(len(table))]
         obs["synthetic"] = True
-        # On the scale of setup: what a user would compare with the real cells' column.
-        observed_depth = self._setup_args["size_factor_key"] is not None
-        obs["library"] = depths if observed_depth else np.asarray(counts.sum(1)).ravel()
+        if self.module.space.depth is not None:
+            # On the scale of setup: what a user would compare with the real cells' column.
+            observed = self.module.space.depth.observed
+            obs["library"] = depths if observed else np.asarray(values.sum(1)).ravel()
         obs["n_train"] = self._observed.n_train(table)
         obs["support"] = pd.Categorical(
             self._observed.support(table, query.embedding),
             categories=["seen", "between", "unseen combination", "outside range"],
         )
         obs["extrapolated"] = obs["support"].isin(["unseen combination", "outside range"])
-        synthetic = AnnData(X=counts, obs=obs, var=pd.DataFrame(index=self.var_names))
+        synthetic = AnnData(X=values, obs=obs, var=pd.DataFrame(index=self.var_names))
         layer = self._setup_args["layer"]
         if layer is not None:
-            synthetic.layers[layer] = counts.copy()
+            synthetic.layers[layer] = values.copy()
         if query.embedding is not None:
             synthetic.obsm[schema.embedding_key] = query.embedding
         synthetic.uns["exprgen"] = {
@@ -311,7 +332,6 @@ def _planted(
     return lambda part: torch.from_numpy(table[rows[part]])
 
 
-def _stack(blocks: list[sparse.csr_matrix], n_vars: int) -> sparse.csr_matrix:
-    if not blocks:
-        return sparse.csr_matrix((0, n_vars), dtype=np.float32)
-    return sparse.vstack(blocks, format="csr")
+def _depths(log_depth: Tensor | None) -> np.ndarray:
+    """Depths of a block of cells; none without depth."""
+    return np.zeros(0) if log_depth is None else log_depth.exp().cpu().numpy()

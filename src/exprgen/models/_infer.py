@@ -45,7 +45,8 @@ class InferMixin(ModelCore):
         """Log p(x | c) of each cell: an importance-weighted *lower bound*, nats per cell.
 
         The bound tightens with ``n_samples`` and is evaluated in float64. With a size factor it
-        is log p(x | depth, c).
+        is log p(x | depth, c). Of continuous values it is a density, in units of the layer: it
+        compares models of the same layer, never with those of counts.
 
         Parameters
         ----------
@@ -72,6 +73,7 @@ class InferMixin(ModelCore):
         self._check_trained()
         _arguments.check_positive_int(n_samples, "n_samples")
         _arguments.check_choice(given, "given", ("conditions", "depth"))
+        self._check_has_depth(given=given, default="conditions")
         seed = resolve_seed(seed)
         cells = self._cells(adata, indices, unseen=unseen)
         _check_writable(cells.adata, indices, key_added)
@@ -178,7 +180,7 @@ class InferMixin(ModelCore):
         *,
         seed: int | None = None,
     ) -> sparse.GCXS:
-        """Counts drawn given each cell's own counts, for posterior predictive checks.
+        """Values drawn given each cell's own, for posterior predictive checks.
 
         This is scvi-tools' contract, on which its
         :class:`~scvi.criticism.PosteriorPredictiveCheck` runs. For new cells see :meth:`sample`.
@@ -217,7 +219,8 @@ class InferMixin(ModelCore):
             counts = []
             for _ in range(n_samples):
                 y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
-                counts.append(space.likelihood.draw(space.decode(y, c, effect), noise).numpy())
+                location, extra = space.decode(y, c, effect)
+                counts.append(space.likelihood.draw(location, noise, extra).numpy())
             drawn = np.stack(counts, -1)[:, columns]
             place = np.stack(np.nonzero(drawn))
             values.append(drawn[tuple(place)])

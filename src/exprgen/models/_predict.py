@@ -22,6 +22,8 @@ from exprgen.models._statistics import Moments, predictive_of_cell, predictive_o
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from exprgen.spaces import Decoded
+
 __all__ = ["PredictMixin"]
 
 logger = logging.getLogger("exprgen")
@@ -59,7 +61,7 @@ class PredictMixin(ModelCore):
             An AnnData (results are written to it), or a table or mapping of conditions (a new
             AnnData comes back, one row per condition). ``None`` is the model's own data.
         of
-            ``"cell"``: the counts of a cell. ``"mean"``: the mean counts of ``n_cells`` cells of
+            ``"cell"``: the values of a cell. ``"mean"``: the mean of ``n_cells`` cells of
             one donor, the pseudobulk; its interval holds the between-donor variance if a
             ``donor_key`` was registered and the donor is new.
         n_cells
@@ -68,7 +70,7 @@ class PredictMixin(ModelCore):
             Only these genes; results then go to obsm, with their names in ``uns``.
         library
             Fixed depths on the scale of setup, one number or one per row; ``None`` draws them
-            jointly with the latent state.
+            jointly with the latent state. Models of counts only.
         n_samples
             Draws per distinct row of conditions.
         quantiles
@@ -78,7 +80,7 @@ class PredictMixin(ModelCore):
         key_added
             Prefix of the slots: layers ``{key}_mean``, ``{key}_std`` and its terms
             ``{key}_std_latent`` and ``{key}_std_donor``, ``{key}_q05`` …, ``obs["{key}_split"]``,
-            and ``uns[key]``. Units are counts.
+            and ``uns[key]``. Units are those of the modelled layer.
         overwrite
             Whether to replace slots of these names that exprgen did not write.
         copy
@@ -101,6 +103,7 @@ class PredictMixin(ModelCore):
                 "of='mean' of infinitely many cells has no spread without a donor_key: give "
                 "n_cells, the number of cells in the mean."
             )
+        self._check_has_depth(library=library)
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
         seed = resolve_seed(seed)
         if conditions is None:
@@ -133,11 +136,11 @@ class PredictMixin(ModelCore):
         for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
             noise = generator(seed, CELL, i)
             depth = None if log_depth is None else log_depth[row]
-            location, donor = self._locations(query, row, depth, n_samples, noise, seed)
+            decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
             if of == "cell":
-                law = predictive_of_cell(self.module, location, donor, noise)
+                law = predictive_of_cell(self.module, decoded, donor, noise)
             else:
-                law = predictive_of_mean(self.module, location, donor, noise, n_cells)
+                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells)
             for name, value in law.slots(quantiles, names).items():
                 value = value[columns]
                 if name not in results:
@@ -171,7 +174,7 @@ class PredictMixin(ModelCore):
                 "interval would otherwise leave out how much batches differ."
             )
 
-    def _locations(
+    def _decoded(
         self,
         query: Query,
         row: int,
@@ -179,8 +182,8 @@ class PredictMixin(ModelCore):
         n_samples: int,
         noise: torch.Generator,
         seed: int,
-    ) -> tuple[Tensor, int]:
-        """Draws of the likelihood's location for one row, ``(n_samples, n_vars)``, and its donor.
+    ) -> tuple[Decoded, int]:
+        """``n_samples`` draws of the decoder's output for one row, and its donor.
 
         An unknown batch is drawn anew for each.
         """
@@ -195,8 +198,8 @@ class PredictMixin(ModelCore):
             codes = self.schema.encode(table, embedding, on_extrapolation="ignore")
         c = torch.from_numpy(codes).to(self._device)
         depth = None if log_depth is None else log_depth.expand(n_samples).to(self._device)
-        _, location = self.module.sample(c, noise, log_depth=depth)
-        return location, int(space.features.donor(c[:1]))
+        _, decoded = self.module.sample(c, noise, log_depth=depth)
+        return decoded, int(space.features.donor(c[:1]))
 
     @torch.no_grad()
     def denoise(
@@ -224,7 +227,7 @@ class PredictMixin(ModelCore):
             the batch effect; ``"observed"`` in its own; or the label of one batch.
         library
             ``"observed"``, the cell's own depth; or one depth for all, e.g. ``1e4`` for counts per
-            ten thousand.
+            ten thousand (models of counts only).
         genes, key_added, overwrite, copy, progress_bar, seed
             As in :meth:`predict`; slots are ``{key}_denoised`` and ``{key}_denoised_std``, the
             standard deviation of the expectation under the cell's posterior.
@@ -237,6 +240,7 @@ class PredictMixin(ModelCore):
         """
         self._check_trained()
         _arguments.check_positive_int(n_samples, "n_samples")
+        self._check_has_depth(library=library, default="observed")
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
         fixed = None
         if not (isinstance(library, str) and library == "observed"):
@@ -263,11 +267,11 @@ class PredictMixin(ModelCore):
                 log_depth = space.log_depth(y, c) if fixed is None else fixed.expand(len(y)).to(y)
                 expected = []
                 for code in codes:
-                    decoded = c if code is None else space.features.with_batch(c, code)
-                    location = space.decode_at(y[:, :-1], log_depth, decoded, effect)
-                    if fixed is not None:
-                        location = space.at_depth(location, log_depth)
-                    expected.append(space.likelihood.signal(location)[:, columns])
+                    as_in = c if code is None else space.features.with_batch(c, code)
+                    decoded = space.decode_at(y[:, : space.n_latent], log_depth, as_in, effect)
+                    if fixed is not None and log_depth is not None:
+                        decoded = space.at_depth(decoded, log_depth)
+                    expected.append(space.likelihood.signal(*decoded)[:, columns])
                 moments.add(torch.stack(expected).mean(0))
             results["denoised"][part] = moments.mean.cpu().numpy()
             results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()

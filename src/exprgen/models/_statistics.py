@@ -8,7 +8,8 @@ With m the log mean without donor and u the donor's log factor, the variance of 
     \underbrace{(E\,e^m)^2\,\mathrm{Var}(e^u)}_{\text{donor}},
 
 the donor's term in closed form because its factor stands outside the softmax (outliers, which do
-not scale with it exactly, are taken to). Quantiles are order
+not scale with it exactly, are taken to). Where a donor shifts continuous expression the terms are
+those of :class:`~exprgen.spaces.AdditiveDonorEffect`. Quantiles are order
 statistics of n draws, at ranks :math:`\lfloor q(n+1)\rfloor` below the median and
 :math:`\lceil q(n+1)\rceil` above: a new draw falls between two of them with the nominal
 probability or a little more.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from exprgen.module import ExpressionModule
+    from exprgen.spaces import Decoded
 
 __all__ = ["Moments", "Predictive", "order_statistics", "predictive_of_cell", "predictive_of_mean"]
 
@@ -76,52 +78,51 @@ class Predictive:
 
 @torch.no_grad()
 def predictive_of_cell(
-    module: ExpressionModule, location: Tensor, donor: int, generator: torch.Generator
+    module: ExpressionModule, decoded: Decoded, donor: int, generator: torch.Generator
 ) -> Predictive:
-    """Law of one cell's counts from ``location`` ``(n_samples, n_vars)``, without donor effect."""
+    """Law of one cell's values from ``n_samples`` draws of the decoder's output, without donor."""
     likelihood, donors = module.space.likelihood, module.space.donors
-    expected = likelihood.mean(location).double()
-    mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
     donor_variance = None
-    if donors is not None:
-        u_mean, u_variance = (moment.double() for moment in donors.law(donor))
-        first, second = (u_mean + u_variance / 2).exp(), (2 * u_mean + 2 * u_variance).exp()
-        donor_variance = _array(mean.square() * (second - first.square()))
-        mean, latent = mean * first, latent * second
-        location = location + donors.draw(donor, len(location), generator).to(location)
+    if donors is None:
+        expected = likelihood.mean(*decoded).double()
+        mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
+    else:
+        mean, latent, between = donors.terms(likelihood, decoded, donor)
+        donor_variance = _array(between)
+        effect = donors.draw(donor, len(decoded.location), generator)
+        decoded = decoded._replace(location=donors.move(decoded.location, effect))
     return Predictive(
         mean=_array(mean),
-        decoder=_array(likelihood.variance(location).double().mean(0)),
+        decoder=_array(likelihood.variance(*decoded).double().mean(0)),
         latent=_array(latent),
         donor=donor_variance,
-        draws=likelihood.draw(location, generator).numpy(),
+        draws=likelihood.draw(decoded.location, generator, decoded.extra).numpy(),
     )
 
 
 @torch.no_grad()
 def predictive_of_mean(
     module: ExpressionModule,
-    location: Tensor,
+    decoded: Decoded,
     donor: int,
     generator: torch.Generator,
     n_cells: int | None,
 ) -> Predictive:
-    """Law of the mean counts of ``n_cells`` cells of one donor (``None``: of infinitely many)."""
-    cell = predictive_of_cell(module, location, donor, generator)
+    """Law of the mean of ``n_cells`` cells of one donor (``None``: of infinitely many)."""
+    cell = predictive_of_cell(module, decoded, donor, generator)
     share = 0.0 if n_cells is None else 1 / n_cells
     within = (cell.decoder + cell.latent) * share
-    donors = module.space.donors
-    noise = torch.randn(location.shape, generator=generator).double().numpy()
+    likelihood, donors = module.space.likelihood, module.space.donors
+    n = len(decoded.location)
+    noise = torch.randn(decoded.location.shape, generator=generator).double().numpy()
     centre = cell.mean
     if donors is not None:
         effect = (
-            donors.draw(donor, len(location), generator)
-            if donor >= 0
-            else donors.draw_heavy(len(location), generator)
+            donors.draw(donor, n, generator) if donor >= 0 else donors.draw_heavy(n, generator)
         )
-        likelihood = module.space.likelihood
-        centre = _array(likelihood.mean(location).double().mean(0) * effect.double().exp())
-    draws = np.clip(centre + np.sqrt(within) * noise, 0, None)
+        centre = _array(donors.expected(likelihood, decoded, effect))
+    lower = _array(torch.as_tensor(likelihood.lower))
+    draws = np.clip(centre + np.sqrt(within) * noise, lower, None)
     return Predictive(cell.mean, cell.decoder * share, cell.latent * share, cell.donor, draws)
 
 

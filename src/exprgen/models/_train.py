@@ -256,14 +256,16 @@ def _checked(kwargs: dict[str, Any] | None, argument: str, owner: type) -> dict[
 
 
 def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 4096) -> DataMoments:
-    """Sums over the training cells, block by block."""
+    """Sums over the training cells, and least values, block by block."""
     n_vars = dataset.reader.shape[1]
+    minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
     x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
     for start in range(0, len(rows), block):
         batch = dataset[rows[start : start + block]]
         counts = batch["x"].double()
         x += counts.sum(0)
         x_square += counts.square().sum(0)
+        minimum = torch.minimum(minimum, counts.amin(0))
         library_x += batch["library"].double() @ counts
     library = dataset.library[rows].double()
-    return DataMoments(library, dataset.conditions[rows], x, x_square, library_x)
+    return DataMoments(library, dataset.conditions[rows], x, x_square, library_x, minimum)

@@ -21,12 +21,14 @@ def hidden_stack(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.
 
 
 class Encoder(nn.Module):
-    """Expression and conditions -> mean and standard deviation of z, and a correction of depth.
+    """Expression and conditions -> mean and standard deviation of z, and further numbers.
 
     Parameters
     ----------
     n_vars, n_features, n_latent
         Genes, condition features, dimensions of z.
+    n_corrections
+        Further numbers per cell, which start at 0: what a closed-form posterior is corrected by.
     n_hidden, n_layers, dropout
         Shape of the hidden layers.
     """
@@ -40,25 +42,31 @@ class Encoder(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout: float,
+        n_corrections: int = 0,
     ) -> None:
         super().__init__()
         self.n_latent = n_latent
         self.hidden = hidden_stack(n_vars + n_features, n_hidden, n_layers, dropout)
         self.latent = nn.Linear(n_hidden, 2 * n_latent)
-        # Starts at 0: the depth posterior starts at its closed form.
-        self.depth = nn.Linear(n_hidden, 2)
-        nn.init.zeros_(self.depth.weight)
-        nn.init.zeros_(self.depth.bias)
+        self.n_corrections = n_corrections
+        if n_corrections:
+            self.depth = nn.Linear(n_hidden, n_corrections)
+            nn.init.zeros_(self.depth.weight)
+            nn.init.zeros_(self.depth.bias)
 
     def forward(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z's mean and sd, ``(n_obs, n_latent)``, and the correction, ``(n_obs, 2)``."""
-        h = self.hidden(torch.cat([torch.log1p(x), features], dim=1))
+        """Return z's mean and sd, ``(n_obs, n_latent)``, and ``(n_obs, n_corrections)``.
+
+        ``x`` is expression on a scale that networks read, ``(n_obs, n_vars)``.
+        """
+        h = self.hidden(torch.cat([x, features], dim=1))
         mean, log_sd = self.latent(h).chunk(2, dim=1)
-        return mean, log_sd.clamp(-8, 4).exp(), self.depth(h)
+        correction = self.depth(h) if self.n_corrections else h[:, :0]
+        return mean, log_sd.clamp(-8, 4).exp(), correction
 
 
 class Decoder(nn.Module):
-    """z, conditions and batch -> one number per gene.
+    """z, conditions and batch -> one number per gene, or several.
 
     Conditions and batch enter twice, before the hidden layers and as an offset per gene: the
     second lets every label start from its own mean profile.
@@ -69,6 +77,9 @@ class Decoder(nn.Module):
         Dimensions of z, of condition features and batch together, and genes.
     n_hidden, n_layers, dropout
         Shape of the hidden layers.
+    n_heads
+        Numbers per gene. All but the first start at 0, so that a model starts where that with one
+        head does.
     """
 
     def __init__(
@@ -80,14 +91,22 @@ class Decoder(nn.Module):
         n_hidden: int,
         n_layers: int,
         dropout: float,
+        n_heads: int = 1,
     ) -> None:
         super().__init__()
         self.hidden = hidden_stack(n_latent + n_inputs, n_hidden, n_layers, dropout)
         self.output = nn.Linear(n_hidden + n_inputs, n_vars)
         with torch.no_grad():
             self.output.weight[:, n_hidden:] = 0
+        self.extra: nn.Sequential | None = None
+        if n_heads > 1:
+            linear = nn.Linear(n_hidden + n_inputs, (n_heads - 1) * n_vars)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.extra = nn.Sequential(linear, nn.Unflatten(1, (n_heads - 1, n_vars)))
 
-    def forward(self, z: Tensor, inputs: Tensor) -> Tensor:
-        """Return ``(n_obs, n_vars)``."""
+    def forward(self, z: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the first head, ``(n_obs, n_vars)``, and ``(n_obs, n_heads - 1, n_vars)``."""
         h = self.hidden(torch.cat([z, inputs], dim=1))
-        return self.output(torch.cat([h, inputs], dim=1))
+        h = torch.cat([h, inputs], dim=1)
+        return self.output(h), None if self.extra is None else self.extra(h)

@@ -1,4 +1,4 @@
-r"""Donors as a random effect: one factor per donor and gene, shrunk to 1.
+r"""Donors as a random effect: one factor, or one shift, per donor and gene, shrunk to none.
 
 Donor d multiplies the mean of gene g by :math:`e^{u_{dg}}`, with
 :math:`u_{dg} \sim \mathcal N(0, \tau_g^2)`. The posterior of u is a Gaussian per donor and gene,
@@ -14,19 +14,31 @@ A new donor's effect is a Student t with :math:`D - 1 + \nu_0` degrees of freedo
 spans ±1.9 scales by moderation, ±2.4 without). It is centred so that a new donor's mean factor is
 that of the known ones. The factor stands outside
 the softmax, so that its share of a gene's variance has a closed form.
+
+Continuous expression is shifted instead, by :math:`u_{dg}` standard deviations of the gene. What
+the shift does to the mean of values that are bounded below has no closed form in the draws of the
+centre; over u, which is Gaussian, it is integrated by Gauss-Hermite quadrature.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DonorEffect"]
+if TYPE_CHECKING:
+    from exprgen.likelihoods import Likelihood
+    from exprgen.spaces._base import Decoded
+
+__all__ = ["AdditiveDonorEffect", "DonorEffect"]
 
 # Degrees of freedom that the genes' common variance is worth.
 _PRIOR_DOF = 4.0
+# Nodes at which expectations are evaluated, over a Gaussian effect and between drawn effects.
+_N_NODES, _N_GRID = 9, 17
 
 
 class DonorEffect(nn.Module):
@@ -64,7 +76,11 @@ class DonorEffect(nn.Module):
         if donor >= 0:
             return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
         variance = self.new_donor_scale().square() * self.dof / (self.dof - 2)
-        return self._log_mean_factor() - variance / 2, variance
+        return self._centre(variance), variance
+
+    def _centre(self, variance: Tensor) -> Tensor:
+        """Centre of a new donor's law of a given variance, ``(n_vars,)``."""
+        return self._log_mean_factor() - variance / 2
 
     def _log_mean_factor(self) -> Tensor:
         """Logarithm of the known donors' mean factor, ``(n_vars,)``: a new donor's as well.
@@ -110,7 +126,108 @@ class DonorEffect(nn.Module):
     def draw_heavy(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw new donors' effects from the t law, ``(n, n_vars)``: for quantiles of means."""
         scale = self.new_donor_scale()
-        centre = self._log_mean_factor() - scale.square() / 2
+        centre = self._centre(scale.square())
         noise = torch.randn(n, len(scale), generator=generator)
         gamma = torch._standard_gamma(torch.full((n, 1), self.dof / 2), generator=generator)
         return centre + scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)
+
+    def move(self, location: Tensor, effect: Tensor) -> Tensor:
+        """Locations ``(n_obs, n_vars)`` moved by effects that broadcast with them."""
+        return location + effect.to(location)
+
+    def terms(
+        self, likelihood: Likelihood, decoded: Decoded, donor: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, and its variance over latent states and over donors, each ``(n_vars,)`` float64.
+
+        Parameters
+        ----------
+        likelihood
+            Whose expected value is meant.
+        decoded
+            Draws of the decoder's output, without a donor.
+        donor
+            Code; -1 is a new donor.
+        """
+        mean, latent = _moments(likelihood.mean(*decoded))
+        u_mean, u_variance = (moment.double() for moment in self.law(donor))
+        first, second = (u_mean + u_variance / 2).exp(), (2 * u_mean + 2 * u_variance).exp()
+        return mean * first, latent * second, mean.square() * (second - first.square())
+
+    def expected(self, likelihood: Likelihood, decoded: Decoded, effect: Tensor) -> Tensor:
+        """Expected value over draws of the decoder's output, for each row of ``effect``.
+
+        Shape ``(n, n_vars)`` like ``effect``; float64.
+        """
+        return likelihood.mean(*decoded).double().mean(0) * effect.double().exp()
+
+
+class AdditiveDonorEffect(DonorEffect):
+    """Random effects of donors on the centre of continuous expression.
+
+    Parameters
+    ----------
+    n_donors, n_vars
+        Donors in training, genes.
+    """
+
+    scale: Tensor
+
+    def __init__(self, n_donors: int, n_vars: int) -> None:
+        super().__init__(n_donors, n_vars)
+        self.register_buffer("scale", torch.ones(n_vars))
+
+    def _centre(self, variance: Tensor) -> Tensor:
+        """Mean of the known donors' effects, ``(n_vars,)``: a wider law does not move it."""
+        return self.posterior_mean.mean(0)
+
+    def move(self, location: Tensor, effect: Tensor) -> Tensor:
+        """Locations ``(n_obs, n_vars)`` moved by effects in standard deviations of the genes."""
+        return location + self.scale * effect.to(location)
+
+    def terms(
+        self, likelihood: Likelihood, decoded: Decoded, donor: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, and its variance over latent states and over donors; by quadrature over donors.
+
+        Parameters
+        ----------
+        likelihood, decoded, donor
+            As in :meth:`DonorEffect.terms`.
+        """
+        u_mean, u_variance = self.law(donor)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(_N_NODES)
+        moments = [
+            _moments(self._mean_at(likelihood, decoded, u_mean + u_variance.sqrt() * node))
+            for node in nodes
+        ]
+        means, latents = (torch.stack(part) for part in zip(*moments, strict=True))
+        weight = torch.as_tensor(weights / weights.sum())[:, None].to(means)
+        mean = (weight * means).sum(0)
+        return mean, (weight * latents).sum(0), (weight * (means - mean).square()).sum(0)
+
+    def expected(self, likelihood: Likelihood, decoded: Decoded, effect: Tensor) -> Tensor:
+        """Expected value for each row of ``effect``, interpolated between values on a grid."""
+        low, high = effect.min(0).values, effect.max(0).values
+        step = ((high - low) / (_N_GRID - 1)).clamp(min=1e-12)
+        grid = torch.stack(
+            [
+                self._mean_at(likelihood, decoded, low + i * step).double().mean(0)
+                for i in range(_N_GRID)
+            ]
+        )
+        at = ((effect - low) / step).double().to(grid)
+        left = at.floor().clamp(0, _N_GRID - 2)
+        share, left = at - left, left.long()
+        return (1 - share) * grid.gather(0, left) + share * grid.gather(0, left + 1)
+
+    def _mean_at(self, likelihood: Likelihood, decoded: Decoded, effect: Tensor) -> Tensor:
+        """Expected value of each draw under one effect, ``(n, n_vars)``."""
+        moved = decoded._replace(location=self.move(decoded.location, effect))
+        return likelihood.mean(*moved)
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over draws, each ``(n_vars,)`` float64; a single draw has variance 0."""
+    values = values.double()
+    return values.mean(0), values.var(0, unbiased=len(values) > 1)
