@@ -14,6 +14,7 @@ from exprgen.metrics._differential import (
     de_overlap,
     fold_change_rank_correlation,
     fold_change_slope,
+    fold_change_slopes,
     log_fold_changes,
 )
 from exprgen.metrics._distances import (
@@ -74,6 +75,7 @@ __all__ = [
     "de_overlap",
     "fold_change_rank_correlation",
     "fold_change_slope",
+    "fold_change_slopes",
     "log_fold_changes",
     # uncertainty
     "coverage",

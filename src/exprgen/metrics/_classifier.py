@@ -27,6 +27,7 @@ def c2st_auc(
     classifier: Literal["random_forest", "logistic"] = "random_forest",
     n_folds: int = 5,
     seed: int = 0,
+    n_jobs: int = 1,
 ) -> float:
     """Cross-validated AUC of a classifier that tells ``a`` from ``b``.
 
@@ -41,6 +42,8 @@ def c2st_auc(
         Stratified folds; the AUC is the mean over folds.
     seed
         Of the folds and of the forest.
+    n_jobs
+        Threads that grow the forest; the value does not depend on it.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def c2st_auc(
         )
     if classifier == "random_forest":
         model = RandomForestClassifier(
-            n_estimators=100, min_samples_leaf=3, n_jobs=1, random_state=seed
+            n_estimators=100, min_samples_leaf=3, n_jobs=n_jobs, random_state=seed
         )
     elif classifier == "logistic":
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))

@@ -15,7 +15,7 @@ is 1 for unbiased and below 1 for attenuated differences, at any number of cells
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -25,7 +25,13 @@ from exprgen.metrics._checks import at_least, common_groups, group_labels
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
 
-__all__ = ["de_overlap", "fold_change_rank_correlation", "fold_change_slope", "log_fold_changes"]
+__all__ = [
+    "de_overlap",
+    "fold_change_rank_correlation",
+    "fold_change_slope",
+    "fold_change_slopes",
+    "log_fold_changes",
+]
 
 
 def log_fold_changes(values: Matrix, groups: np.ndarray, group: object) -> np.ndarray:
@@ -57,11 +63,11 @@ def log_fold_changes(values: Matrix, groups: np.ndarray, group: object) -> np.nd
             f"group {group!r} has {n} of the {len(groups)} cells; both it and the "
             "rest need at least one."
         )
-    means, _, _ = _against_rest(values, groups, [group])
+    means, _ = _against_rest(values, groups, [group])
     return means[0]
 
 
-def fold_change_slope(
+def fold_change_slopes(
     synthetic: Matrix,
     real_a: Matrix,
     real_b: Matrix,
@@ -69,8 +75,8 @@ def fold_change_slope(
     groups_synthetic: np.ndarray,
     groups_a: np.ndarray,
     groups_b: np.ndarray,
-) -> float:
-    """Are differences between groups as large as in real cells? Free of sampling noise.
+) -> dict[object, float]:
+    """Are differences between groups as large as in real cells? Free of sampling noise, per group.
 
     Parameters
     ----------
@@ -84,9 +90,11 @@ def fold_change_slope(
 
     Returns
     -------
-    float
-        Mean over groups. 1 is best; below 1, differences are attenuated. A third real sample
-        gives 1 up to noise. ``nan`` if fewer than two groups are left.
+    dict
+        Slope of each group, in the order of ``groups_b``. 1 is best; below 1, the group differs
+        less from the rest than in real cells, above 1 more. A third real sample gives 1 up to
+        noise, whose standard deviation was .02 to .04 for groups of 70 to 500 cells and 1.0 for
+        10 cells (1,287 genes). An estimate; empty if fewer than two groups are left.
 
     Raises
     ------
@@ -98,12 +106,57 @@ def fold_change_slope(
         "a": (real_a, groups_a),
         "b": (real_b, groups_b),
     }
-    groups, ((s, _, _), (a, _, _), (b, _, _)) = _all_against_rest(samples)
+    groups, differences = _all_against_rest(samples)
     if len(groups) < 2:
-        return float("nan")
-    s, a, b = (x - x.mean(axis=1, keepdims=True) for x in (s, a, b))
+        return {}
+    s, a, b = (x - x.mean(axis=1, keepdims=True) for x, _ in differences)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.mean((s * b).sum(axis=1) / (a * b).sum(axis=1)))
+        slopes = (s * b).sum(axis=1) / (a * b).sum(axis=1)
+    return dict(zip(groups, slopes.tolist(), strict=True))
+
+
+def fold_change_slope(
+    synthetic: Matrix,
+    real_a: Matrix,
+    real_b: Matrix,
+    *,
+    groups_synthetic: np.ndarray,
+    groups_a: np.ndarray,
+    groups_b: np.ndarray,
+    min_cells: int = 20,
+) -> float:
+    """Mean of :func:`fold_change_slopes` over groups.
+
+    Parameters
+    ----------
+    synthetic, real_a, real_b, groups_synthetic, groups_a, groups_b
+        As in :func:`fold_change_slopes`.
+    min_cells
+        Groups with fewer cells in any sample do not enter the mean (they stay part of the rest):
+        a ratio with so noisy a denominator would decide it.
+
+    Returns
+    -------
+    float
+        1 is best; below 1, differences are attenuated. A third real sample gives 1 up to noise.
+        ``nan`` if no group is left.
+
+    Raises
+    ------
+    ValueError
+        Labels that do not fit, or no group has two cells on all sides.
+    """
+    labels = [np.asarray(of) for of in (groups_synthetic, groups_a, groups_b)]
+    slopes = fold_change_slopes(
+        synthetic, real_a, real_b,
+        groups_synthetic=groups_synthetic, groups_a=groups_a, groups_b=groups_b,
+    )  # fmt: skip
+    entering = [
+        slope
+        for group, slope in slopes.items()
+        if min(int((of == group).sum()) for of in labels) >= min_cells
+    ]
+    return float(np.mean(entering)) if entering else float("nan")
 
 
 def fold_change_rank_correlation(
@@ -120,7 +173,7 @@ def fold_change_rank_correlation(
     synthetic, real
         Log-normalised values, shapes ``(n_synthetic, n_vars)`` and ``(n_real, n_vars)``.
     groups_synthetic, groups_real
-        Group of every cell, as in :func:`fold_change_slope`.
+        Group of every cell, as in :func:`fold_change_slopes`.
 
     Returns
     -------
@@ -136,11 +189,11 @@ def fold_change_rank_correlation(
     from scipy.stats import rankdata
 
     samples = {"synthetic": (synthetic, groups_synthetic), "real": (real, groups_real)}
-    groups, ((s, _, _), (r, _, _)) = _all_against_rest(samples)
+    groups, differences = _all_against_rest(samples)
     if len(groups) < 2:
         return float("nan")
-    s, r = rankdata(s, axis=1), rankdata(r, axis=1)
-    s, r = (x - x.mean(axis=1, keepdims=True) for x in (s, r))
+    ranks = [rankdata(means, axis=1) for means, _ in differences]
+    s, r = (x - x.mean(axis=1, keepdims=True) for x in ranks)
     norm = np.sqrt((s**2).sum(axis=1) * (r**2).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.mean((s * r).sum(axis=1) / norm))
@@ -162,7 +215,7 @@ def de_overlap(
         Log-normalised values, shapes ``(n_synthetic, n_vars)`` and ``(n_real, n_vars)``. Take
         equal numbers of cells: the value grows with them.
     groups_synthetic, groups_real
-        Group of every cell, as in :func:`fold_change_slope`.
+        Group of every cell, as in :func:`fold_change_slopes`.
     n_genes
         Genes with the largest absolute Welch t of the group against the rest; at most half of all
         genes are taken.
@@ -186,7 +239,7 @@ def de_overlap(
         return float("nan")
     n_genes = min(n_genes, max(1, synthetic.shape[1] // 2))
     chosen = []
-    for means, variances, _ in differences:
+    for means, variances in differences:
         # A gene without any variance in which the group differs is as differential as can be.
         t = np.abs(means) / np.sqrt(np.maximum(variances, 1e-30))
         top = np.argsort(-t, axis=1, kind="stable")[:, :n_genes]
@@ -198,7 +251,7 @@ def de_overlap(
 
 def _all_against_rest(
     samples: dict[str, tuple[Matrix, np.ndarray]],
-) -> tuple[list[object], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+) -> tuple[list[object], list[tuple[np.ndarray, np.ndarray]]]:
     """Groups that all samples have, and :func:`_against_rest` of each sample's cells of them."""
     widths = {name: values.shape[1] for name, (values, _) in samples.items()}
     if len(set(widths.values())) > 1:
@@ -207,36 +260,37 @@ def _all_against_rest(
     labels = group_labels(**pairs)
     groups = common_groups(*labels)
     if len(groups) < 2:
-        return groups, [(np.empty(0),) * 3 for _ in labels]  # type: ignore[misc]
+        return groups, []
     differences = []
     for (values, _), of in zip(samples.values(), labels, strict=True):
-        kept = np.isin(of, groups)
+        kept = np.any([of == group for group in groups], axis=0)
         differences.append(_against_rest(values if kept.all() else values[kept], of[kept], groups))
     return groups, differences
 
 
 def _against_rest(
     values: Matrix, labels: np.ndarray, groups: list[object]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean difference of each group to the rest, its variance, and the group's size.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean difference of each group to the rest, and its variance; ``(n_groups, n_vars)`` each.
 
-    Shapes ``(n_groups, n_vars)`` twice and ``(n_groups,)``. The variance is Welch's, the sum of
-    the squared standard errors of both means.
+    The variance is Welch's, the sum of the squared standard errors of both means.
     """
-    if not sparse.issparse(values):
-        values = np.asarray(values)
     member = np.stack([labels == group for group in groups]).astype(np.float64)
     n = member.sum(axis=1, keepdims=True)
     rest = len(labels) - n
-    squares = (
-        values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=float)
-    )
-    sums, sums2 = (np.asarray((x.T @ member.T).T) for x in (values, squares))
-    total, total2 = (
-        np.asarray(x.sum(axis=0), dtype=float).reshape(1, -1) for x in (values, squares)
+    if sparse.issparse(values):
+        x: Any = sparse.csr_matrix(values, dtype=np.float64)
+        squares = x.multiply(x)
+    else:
+        x = np.asarray(values, dtype=np.float64)
+        squares = x**2
+    (sums, total), (sums2, total2) = (
+        (np.asarray((of.T @ member.T).T), np.asarray(of.sum(axis=0)).reshape(1, -1))
+        for of in (x, squares)
     )
     mean, mean_rest = sums / n, (total - sums) / rest
+    # Of a single cell there is no variance; its group is not tested.
     with np.errstate(divide="ignore", invalid="ignore"):
         var = np.maximum(sums2 - n * mean**2, 0) / (n - 1) / n
         var_rest = np.maximum(total2 - sums2 - rest * mean_rest**2, 0) / (rest - 1) / rest
-    return mean - mean_rest, var + var_rest, n[:, 0]
+    return mean - mean_rest, var + var_rest

@@ -96,12 +96,10 @@ def quality_features(counts: Matrix) -> np.ndarray:
     values = rows.data[np.lexsort((-rows.data, row))]
     rank = np.arange(values.size) - np.repeat(rows.indptr[:-1], detected)
     first, highest = rank < 20, rank == 0
-    top = np.bincount(row[first], values[first], n_obs)
-    maximum = np.bincount(row[highest], values[highest], n_obs)
-    ones = np.bincount(row[values == 1], minlength=n_obs)
     library = _row_totals(rows)
-    top /= np.maximum(library, 1e-300)
-    ones = ones / np.maximum(detected, 1)
+    top = np.bincount(row[first], values[first], n_obs) / np.maximum(library, 1e-300)
+    maximum = np.bincount(row[highest], values[highest], n_obs)
+    ones = np.bincount(row[values == 1], minlength=n_obs) / np.maximum(detected, 1)
     return np.column_stack([library, detected, top, maximum, ones])
 
 

@@ -142,15 +142,17 @@ def gene_correlation_agreement(
         Values on one scale, usually :func:`log_cp10k`; shapes ``(n_synthetic, n_vars)`` and
         ``(n_real, n_vars)``. Take equal numbers of cells: the value grows with them.
     groups_synthetic, groups_real
-        Group of every cell, as in :func:`variance_ratio`.
+        Group of every cell, as in :func:`variance_ratio`. Without groups, correlations are those
+        among all cells, which the differences between cell types dominate.
     n_genes
         Only the genes with the highest within-group variance in ``real`` enter.
 
     Returns
     -------
     float
-        In [-1, 1]; 1 is best, about 0 for genes drawn independently. ``nan`` if fewer than three
-        genes vary on both sides.
+        In [-1, 1]; 1 is best, about 0 for genes drawn independently. Real against real cells are
+        below 1: sampling noise is part of every correlation. ``nan`` if fewer than three genes
+        vary on both sides.
 
     Raises
     ------
@@ -269,9 +271,8 @@ def _pairs(
             f"synthetic and real differ in their genes: {synthetic.shape[1]} and {real.shape[1]}."
         )
     for group in common_groups(of_s, of_r):
-        yield tuple(
-            dense(x[of == group]).astype(np.float64) for x, of in ((synthetic, of_s), (real, of_r))
-        )
+        s, r = dense(synthetic[of_s == group]), dense(real[of_r == group])
+        yield s.astype(np.float64), r.astype(np.float64)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
