@@ -36,7 +36,7 @@ def _make(kind, n_dims, **kwargs):
 def _oracle(density, features):
     """The same law by torch.distributions, with covariances instead of whitening matrices."""
     if isinstance(density, Gaussian):
-        mean, log_sd = density._parameters_of(features)
+        mean, log_sd = density.parameters_of(features)
         return distributions.Independent(distributions.Normal(mean, log_sd.exp()), 1)
     log_weight, mean, whitening = density._components(features)
     covariance = torch.linalg.inv(whitening.mT @ whitening)

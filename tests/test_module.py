@@ -63,7 +63,7 @@ class Linear(nn.Module):
         self.prior, self.shift, self.widen, self.donors = prior, shift, widen, None
 
     def encode(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_sd = self.prior._parameters_of(c)
+        mean, log_sd = self.prior.parameters_of(c)
         precision = (-2 * log_sd).exp() + self.weight.square().sum(0) / NOISE_SD**2
         posterior = (x @ self.weight / NOISE_SD**2 + mean * (-2 * log_sd).exp()) / precision
         sd = precision.rsqrt()
@@ -81,7 +81,7 @@ def _linear(n=60, **kwargs):
     prior = _randomise(Gaussian(3, 2, n_hidden=4), 0.4).double()
     space = Linear(prior, **kwargs)
     c = torch.randn(n, 2, generator=_generator(1)).double()
-    mean, log_sd = prior._parameters_of(c)
+    mean, log_sd = prior.parameters_of(c)
     y = mean + log_sd.exp() * torch.randn(n, 3, generator=_generator(2)).double()
     x = y @ space.weight.T + NOISE_SD * torch.randn(n, 6, generator=_generator(3)).double()
     library = (y[:, -1] + 0.5).exp().clamp(min=0.5)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exprgen import datasets, metrics, pl, tl
-    from exprgen.models import NBVAE
+    from exprgen.models import NBVAE, ZINBVAE, CondVAE
 
-__all__ = ["NBVAE", "datasets", "metrics", "pl", "tl"]
+__all__ = ["NBVAE", "ZINBVAE", "CondVAE", "datasets", "metrics", "pl", "tl"]
 __version__ = version("exprgen")
 
-_MODELS = ("NBVAE",)
+_MODELS = ("NBVAE", "ZINBVAE", "CondVAE")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Conditional densities p(y | c)."""
 
 from exprgen.densities._base import ConditionalDensity
+from exprgen.densities._flow import NormalizingFlow
 from exprgen.densities._gaussian import Gaussian
 from exprgen.densities._mixture import Mixture
 
-__all__ = ["ConditionalDensity", "Gaussian", "Mixture"]
+__all__ = ["ConditionalDensity", "Gaussian", "Mixture", "NormalizingFlow"]

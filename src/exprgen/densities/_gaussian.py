@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exprgen.densities._base import ConditionalDensity
 
-__all__ = ["Gaussian"]
+__all__ = ["Gaussian", "normal_log_prob"]
 
 
 class Gaussian(ConditionalDensity):
@@ -37,25 +37,26 @@ class Gaussian(ConditionalDensity):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def _parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log standard deviations, both ``(n_obs, n_dims)``."""
         mean, log_sd = (self.linear(features) + self.interaction(features)).chunk(2, dim=-1)
         return mean, log_sd
 
     def log_prob(self, y: Tensor, features: Tensor) -> Tensor:
         """Exact log-density, ``(n_obs,)``, nats."""
-        mean, log_sd = self._parameters_of(features)
-        return _normal_log_prob(y, mean, log_sd).sum(-1)
+        mean, log_sd = self.parameters_of(features)
+        return normal_log_prob(y, mean, log_sd).sum(-1)
 
     def log_prob_last(self, last: Tensor, features: Tensor) -> Tensor:
         """Exact log-density of the last coordinate, ``(n_obs,)``, nats."""
-        mean, log_sd = self._parameters_of(features)
-        return _normal_log_prob(last, mean[:, -1], log_sd[:, -1])
+        mean, log_sd = self.parameters_of(features)
+        return normal_log_prob(last, mean[:, -1], log_sd[:, -1])
 
     def sample(
         self, features: Tensor, generator: torch.Generator, last: Tensor | None = None
     ) -> Tensor:
         """Draw y, ``(n_obs, n_dims)``; coordinates are independent given the conditions."""
-        mean, log_sd = self._parameters_of(features)
+        mean, log_sd = self.parameters_of(features)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         y = mean + log_sd.exp() * noise
         if last is not None:
@@ -64,11 +65,11 @@ class Gaussian(ConditionalDensity):
 
     def mean(self, features: Tensor) -> Tensor:
         """E[y | c], ``(n_obs, n_dims)``."""
-        return self._parameters_of(features)[0]
+        return self.parameters_of(features)[0]
 
     def kl(self, mean: Tensor, sd: Tensor, y: Tensor, features: Tensor) -> Tensor:
         """KL(q ‖ p) in closed form, ``(n_obs,)``; an observed coordinate (sd 0) enters as data."""
-        prior_mean, prior_log_sd = self._parameters_of(features)
+        prior_mean, prior_log_sd = self.parameters_of(features)
         ratio = (sd.square() + (mean - prior_mean).square()) * (-2 * prior_log_sd).exp()
         inferred = sd > 0
         log_sd = torch.where(inferred, sd, torch.ones_like(sd)).log()
@@ -76,6 +77,7 @@ class Gaussian(ConditionalDensity):
         return (0.5 * (ratio + constant) + prior_log_sd - log_sd).sum(-1)
 
 
-def _normal_log_prob(y: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+def normal_log_prob(y: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """Log-density of Gaussians, in the shape that the arguments broadcast to, nats."""
     standardised = (y - mean) * (-log_sd).exp()
     return -0.5 * standardised.square() - log_sd - 0.5 * math.log(2 * math.pi)

@@ -51,7 +51,7 @@ class Likelihood(nn.Module, ABC):
     n_heads: int = 1
     """Numbers per gene that the decoder gives."""
 
-    lower: Tensor | float = 0.0
+    lower: Tensor | float
     """Least value that a draw can have, a number or ``(n_vars,)``."""
 
     @abstractmethod

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from exprgen.likelihoods._base import Dispersion, Likelihood, Start
+from exprgen.likelihoods._sparse import Nonzero, log_gamma, sum_at_zero
 
 __all__ = [
     "ContaminatedNegativeBinomial",
@@ -70,9 +71,9 @@ def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tens
     ``(n_obs,)``, nats per cell, in the precision of the arguments: held-out likelihoods want
     float64, for in float32 the gamma terms lose digits at large θ.
     """
-    at_zero = log_prob_at_zero(log_mean, log_dispersion)
-    rows, _, nonzero = _at_nonzero(x, log_mean, log_dispersion)
-    return at_zero.sum(-1).index_add(0, rows, nonzero)
+    nonzero = Nonzero.of(x)
+    _, terms = _at_nonzero(nonzero, log_mean, log_dispersion)
+    return nonzero.add_to_rows(sum_at_zero(log_mean, log_dispersion), terms)
 
 
 def log_prob_at_zero(log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
@@ -81,20 +82,19 @@ def log_prob_at_zero(log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
 
 
 def _at_nonzero(
-    x: Tensor, log_mean: Tensor, log_dispersion: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """What non-zero counts add to the log-probability of a zero: rows, (counts, log p(0)), terms.
-
-    All are ``(n_nonzero,)``.
-    """
-    rows, genes = x.nonzero(as_tuple=True)
-    counts = x[rows, genes]
-    log_theta = log_dispersion.expand_as(log_mean)[rows, genes]
-    theta, s = log_theta.exp(), log_mean[rows, genes] - log_theta
+    nonzero: Nonzero, log_mean: Tensor, log_dispersion: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log p(0) and log p(x) - log p(0) of the non-zero counts, each ``(n_nonzero,)``."""
+    counts = nonzero.counts
+    log_theta = nonzero.of_gene_or_cell(log_dispersion)
+    theta, s = log_theta.exp(), nonzero.of_gene_or_cell(log_mean) - log_theta
     log1p_ratio = softplus(s)
-    terms = counts * (s - log1p_ratio) + torch.lgamma(counts + theta)
-    terms = terms - torch.lgamma(theta) - torch.lgamma(counts + 1)
-    return rows, (counts, -theta * log1p_ratio), terms
+    if log_dispersion.dim() == 1:  # evaluated once per gene
+        log_gamma_theta = nonzero.of_gene_or_cell(log_gamma(log_dispersion.exp()))
+    else:
+        log_gamma_theta = log_gamma(theta)
+    terms = counts * (s - log1p_ratio) + log_gamma(counts + theta) - log_gamma_theta
+    return -theta * log1p_ratio, terms - torch.lgamma(counts + 1)
 
 
 def check_drawable(log_mean: Tensor) -> None:
@@ -188,6 +188,7 @@ class NegativeBinomial(Likelihood):
     """
 
     is_count = True
+    lower = 0.0
 
     def __init__(self, n_vars: int, *, dispersion: Dispersion = "gene") -> None:
         super().__init__()
@@ -265,14 +266,15 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         dtype = location.dtype
         log_dispersion = self._log_theta(location, extra)
         outlier_logit, decay_logit = self.outlier_logit.to(dtype), self.decay_logit.to(dtype)
-        rows, (counts, log_zero), terms = _at_nonzero(x.to(dtype), location, log_dispersion)
+        nonzero = Nonzero.of(x.to(dtype))
+        log_zero, terms = _at_nonzero(nonzero, location, log_dispersion)
         clean = logsigmoid(-outlier_logit) + log_zero + terms
-        geometric = logsigmoid(-decay_logit) + (counts - 1) * logsigmoid(decay_logit)
+        geometric = logsigmoid(-decay_logit) + (nonzero.counts - 1) * logsigmoid(decay_logit)
         tiny = torch.finfo(dtype).tiny
         log_detected = (-torch.expm1(log_zero)).clamp(min=tiny).log()
         outlier = logsigmoid(outlier_logit) + log_detected + geometric
-        at_zero = log_prob_at_zero(location, log_dispersion).sum(-1)
-        return at_zero.index_add(0, rows, torch.logaddexp(clean, outlier) - log_zero)
+        terms = torch.logaddexp(clean, outlier) - log_zero
+        return nonzero.add_to_rows(sum_at_zero(location, log_dispersion), terms)
 
     def draw(
         self, location: Tensor, generator: torch.Generator, extra: Tensor | None = None

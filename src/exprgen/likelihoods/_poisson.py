@@ -33,6 +33,7 @@ class Poisson(Likelihood):
     """
 
     is_count = True
+    lower = 0.0
 
     def __init__(self, n_vars: int) -> None:
         super().__init__()

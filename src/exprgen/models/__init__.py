@@ -1,6 +1,6 @@
 """Models: scvi-tools' interface around spaces and densities."""
 
 from exprgen.models._base import GenerativeModel
-from exprgen.models._presets import NBVAE
+from exprgen.models._presets import NBVAE, ZINBVAE, CondVAE
 
-__all__ = ["NBVAE", "GenerativeModel"]
+__all__ = ["NBVAE", "ZINBVAE", "CondVAE", "GenerativeModel"]

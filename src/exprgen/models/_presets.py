@@ -1,22 +1,53 @@
-"""The public models: which space and which density."""
+"""The public models: which likelihood, in which space, with which density."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from exprgen import _arguments
-from exprgen.densities import Mixture
-from exprgen.likelihoods import ContaminatedNegativeBinomial, NegativeBinomial
+from exprgen.likelihoods import (
+    ContaminatedNegativeBinomial,
+    Gaussian,
+    MixtureOfGaussians,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
 from exprgen.models._base import GenerativeModel
-from exprgen.module import ExpressionModule
-from exprgen.spaces import LatentSpace
+from exprgen.models._build import Architecture, build_module
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["NBVAE"]
+    from exprgen.likelihoods import Dispersion
+    from exprgen.models._build import DensityName
 
-_LIKELIHOODS = {"contaminated_nb": ContaminatedNegativeBinomial, "nb": NegativeBinomial}
+__all__ = ["NBVAE", "ZINBVAE", "CondVAE"]
+
+_COUNTS = {
+    "contaminated_nb": ContaminatedNegativeBinomial,
+    "nb": NegativeBinomial,
+    "poisson": Poisson,
+}
+_CONTINUOUS = {"gaussian": Gaussian, "mixture_of_gaussians": MixtureOfGaussians}
+_DISPERSIONS = ("gene", "gene-cell")
+
+
+def _with_dispersion(
+    choices: dict[str, Any], likelihood: str, dispersion: str, without: str
+) -> Any:
+    """The likelihood's class with its dispersion; ``without`` names the one that has none."""
+    _arguments.check_choice(likelihood, "likelihood", tuple(choices))
+    _arguments.check_choice(dispersion, "dispersion", _DISPERSIONS)
+    if likelihood != without:
+        return partial(choices[likelihood], dispersion=dispersion)
+    if dispersion != "gene":
+        raise ValueError(
+            f"dispersion={dispersion!r} does not go with likelihood={likelihood!r}, which has no "
+            'spread that depends on the cell: leave it at "gene".'
+        )
+    return choices[likelihood]
 
 
 class NBVAE(GenerativeModel):
@@ -41,10 +72,16 @@ class NBVAE(GenerativeModel):
         Width and number of hidden layers of encoder and decoder.
     dropout
         Share of hidden units left out in a training step.
+    density
+        Of z and depth given the conditions: ``"mixture"`` of Gaussians, one ``"gaussian"``, or a
+        normalizing ``"flow"``.
     n_components
-        Gaussians in the prior.
+        Gaussians in a mixture.
     likelihood
-        ``"contaminated_nb"``, or ``"nb"`` without outliers.
+        ``"contaminated_nb"``; ``"nb"``, without outliers; or ``"poisson"``, without dispersion.
+    dispersion
+        ``"gene"``: one inverse dispersion per gene. ``"gene-cell"``: the decoder changes it from
+        cell to cell.
 
     Examples
     --------
@@ -70,38 +107,115 @@ class NBVAE(GenerativeModel):
         n_hidden: int = 256,
         n_layers: int = 1,
         dropout: float = 0.1,
+        density: DensityName = "mixture",
         n_components: int = 10,
-        likelihood: Literal["contaminated_nb", "nb"] = "contaminated_nb",
+        likelihood: Literal["contaminated_nb", "nb", "poisson"] = "contaminated_nb",
+        dispersion: Dispersion = "gene",
     ) -> None:
-        _arguments.check_choice(likelihood, "likelihood", tuple(_LIKELIHOODS))
-        for name, value in (
-            ("n_latent", n_latent),
-            ("n_hidden", n_hidden),
-            ("n_layers", n_layers),
-            ("n_components", n_components),
-        ):
-            _arguments.check_positive_int(value, name)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}.")
+        law = _with_dispersion(_COUNTS, likelihood, dispersion, "poisson")
+        shape = Architecture(n_latent, n_hidden, n_layers, dropout, density, n_components)
         super().__init__(adata, registry, seed=seed)
-        shape: dict[str, Any] = {
-            "n_latent": n_latent,
-            "n_hidden": n_hidden,
-            "n_layers": n_layers,
-            "dropout": dropout,
-        }
-        n_vars = len(self.var_names)
+        build_module(self, law, shape, likelihood=likelihood, dispersion=dispersion)
+        self.init_params_ = self._get_init_params(locals())
 
-        def build() -> ExpressionModule:
-            space = LatentSpace(
-                n_vars,
-                self.schema.layout,
-                _LIKELIHOODS[likelihood](n_vars),
-                depth_is_observed=self._setup_args["size_factor_key"] is not None,
-                **shape,
-            )
-            density = Mixture(space.n_dims, space.features.n_features, n_components=n_components)
-            return ExpressionModule(space, density)
 
-        self._set_module(build, {**shape, "n_components": n_components, "likelihood": likelihood})
+class ZINBVAE(GenerativeModel):
+    """Variational autoencoder of counts, some of which are 0 whatever their mean.
+
+    As :class:`NBVAE`, with a zero-inflated negative binomial :cite:p:`Lopez2018`: a share of each
+    gene's counts, which depends on the cell, is replaced by 0. Counts of molecules (UMIs) have no
+    such zeros :cite:p:`svensson2020`; full-length protocols without them may.
+
+    Parameters
+    ----------
+    adata, registry, seed, n_latent, n_hidden, n_layers, dropout, density, n_components, dispersion
+        See :class:`NBVAE`.
+
+    Examples
+    --------
+    >>> import exprgen
+    >>> adata = exprgen.datasets.pbmc68k_reduced()
+    >>> exprgen.ZINBVAE.setup_anndata(
+    ...     adata, layer="counts", categorical_condition_keys=["cell_type"]
+    ... )
+    >>> model = exprgen.ZINBVAE(adata, seed=0)
+    """
+
+    needs_counts = True
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        n_latent: int = 10,
+        n_hidden: int = 256,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        density: DensityName = "mixture",
+        n_components: int = 10,
+        dispersion: Dispersion = "gene",
+    ) -> None:
+        _arguments.check_choice(dispersion, "dispersion", _DISPERSIONS)
+        law = partial(ZeroInflatedNegativeBinomial, dispersion=dispersion)
+        shape = Architecture(n_latent, n_hidden, n_layers, dropout, density, n_components)
+        super().__init__(adata, registry, seed=seed)
+        build_module(self, law, shape, dispersion=dispersion)
+        self.init_params_ = self._get_init_params(locals())
+
+
+class CondVAE(GenerativeModel):
+    """Variational autoencoder of continuous expression with a learned conditional prior.
+
+    For layers that are normalised and log-transformed, or that were never counts. Values are a
+    mixture of Gaussians given a latent state z, or one Gaussian, and bounded below by each gene's
+    least value in training: what is not detected is a peak of exact zeros, with a probability of
+    its own (see :mod:`exprgen.likelihoods`). There is no depth: such values are normalised for it,
+    and what normalisation does to counts of few molecules is not undone. Where counts are at hand
+    prefer :class:`NBVAE`.
+
+    Parameters
+    ----------
+    adata, registry, seed, n_latent, n_hidden, n_layers, dropout, density, n_components
+        See :class:`NBVAE`.
+    likelihood
+        ``"mixture_of_gaussians"``: two per gene, whose weights depend on the cell; or one
+        ``"gaussian"``.
+    dispersion
+        ``"gene"``: one standard deviation per gene. ``"gene-cell"``: the decoder changes it from
+        cell to cell (``"gaussian"`` only).
+
+    Examples
+    --------
+    >>> import exprgen, scanpy as sc
+    >>> adata = exprgen.datasets.pbmc68k_reduced()
+    >>> adata.X = adata.layers["counts"].copy()
+    >>> sc.pp.normalize_total(adata, target_sum=1e4)
+    >>> sc.pp.log1p(adata)
+    >>> exprgen.CondVAE.setup_anndata(adata, categorical_condition_keys=["cell_type"])
+    >>> model = exprgen.CondVAE(adata, seed=0)
+    """
+
+    needs_counts = False
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        n_latent: int = 10,
+        n_hidden: int = 256,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        density: DensityName = "mixture",
+        n_components: int = 10,
+        likelihood: Literal["mixture_of_gaussians", "gaussian"] = "mixture_of_gaussians",
+        dispersion: Dispersion = "gene",
+    ) -> None:
+        law = _with_dispersion(_CONTINUOUS, likelihood, dispersion, "mixture_of_gaussians")
+        shape = Architecture(n_latent, n_hidden, n_layers, dropout, density, n_components)
+        super().__init__(adata, registry, seed=seed)
+        build_module(self, law, shape, likelihood=likelihood, dispersion=dispersion)
         self.init_params_ = self._get_init_params(locals())

@@ -1,0 +1,104 @@
+"""From arguments to a module: which space, which density, of what shape."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from exprgen import _arguments
+from exprgen.densities import Gaussian, Mixture, NormalizingFlow
+from exprgen.module import ExpressionModule
+from exprgen.spaces import ContinuousLatentSpace, LatentSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from exprgen.densities import ConditionalDensity
+    from exprgen.likelihoods import Likelihood
+    from exprgen.models._base import GenerativeModel
+    from exprgen.spaces import Space
+
+__all__ = ["Architecture", "DensityName", "build_module"]
+
+DensityName = Literal["mixture", "gaussian", "flow"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of the networks and kind of density; checked when it is made.
+
+    Parameters
+    ----------
+    n_latent, n_hidden, n_layers, dropout
+        Dimensions of z; width, number and dropout of the hidden layers of encoder and decoder.
+    density
+        p(y | c): ``"mixture"``, ``"gaussian"`` or ``"flow"``.
+    n_components
+        Gaussians in a mixture.
+    """
+
+    n_latent: int
+    n_hidden: int
+    n_layers: int
+    dropout: float
+    density: DensityName
+    n_components: int
+
+    def __post_init__(self) -> None:
+        for name in ("n_latent", "n_hidden", "n_layers", "n_components"):
+            _arguments.check_positive_int(getattr(self, name), name)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        _arguments.check_choice(self.density, "density", ("mixture", "gaussian", "flow"))
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """What a space wants to know."""
+        names = ("n_latent", "n_hidden", "n_layers", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def density_of(self, space: Space) -> ConditionalDensity:
+        """The density of a space's y."""
+        sizes = space.n_dims, space.features.n_features
+        if self.density == "mixture":
+            return Mixture(*sizes, n_components=self.n_components)
+        return Gaussian(*sizes) if self.density == "gaussian" else NormalizingFlow(*sizes)
+
+
+def build_module(
+    model: GenerativeModel,
+    law: Callable[[int], Likelihood],
+    architecture: Architecture,
+    **said: Any,
+) -> None:
+    """Give a model its module.
+
+    Parameters
+    ----------
+    model
+        Set up, without a module.
+    law
+        From the number of genes to p(x | decoder's output); of counts or continuous values as
+        the model is.
+    architecture
+        The rest of the module.
+    **said
+        What else the model's description should name.
+    """
+
+    def build() -> ExpressionModule:
+        n_vars, layout = len(model.var_names), model.schema.layout
+        space: Space
+        if model.needs_counts:
+            space = LatentSpace(
+                n_vars,
+                layout,
+                law(n_vars),
+                depth_is_observed=model._setup_args["size_factor_key"] is not None,
+                **architecture.networks,
+            )
+        else:
+            space = ContinuousLatentSpace(n_vars, layout, law(n_vars), **architecture.networks)
+        return ExpressionModule(space, architecture.density_of(space))
+
+    model._set_module(build, {**asdict(architecture), **said})
