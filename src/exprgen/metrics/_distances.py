@@ -95,7 +95,7 @@ def median_distance(a: Matrix, b: Matrix) -> float:
     pooled = np.concatenate(_centred(a, b))
     pooled = pooled[:: -(-len(pooled) // _MEDIAN_OF)]
     squared = np.concatenate([block for _, block in squared_distances(pooled, pooled)])
-    return float(np.sqrt(np.median(squared[np.triu(np.ones(squared.shape, bool), k=1)])))
+    return float(np.median(np.sqrt(squared[np.triu(np.ones(squared.shape, bool), k=1)])))
 
 
 def mmd(

@@ -68,7 +68,7 @@ def variance_ratio(
     """
     ratios = []
     for s, r in _pairs(synthetic, real, groups_synthetic, groups_real):
-        var_s, var_r = s.var(axis=0, ddof=1), r.var(axis=0, ddof=1)
+        var_s, var_r = _variance(s), _variance(r)
         varies = (var_s > 0) | (var_r > 0)
         with np.errstate(divide="ignore"):
             ratios.append(var_s[varies] / var_r[varies])
@@ -250,8 +250,8 @@ def log_total_ratio(
         for counts in (counts_synthetic, counts_real)
     ]
     pairs = list(_pairs(totals[0], totals[1], groups_synthetic, groups_real))
-    of_synthetic = sum(len(r) * s.var(ddof=1) for s, r in pairs)
-    of_real = sum(len(r) * r.var(ddof=1) for _, r in pairs)
+    of_synthetic = sum(len(r) * _variance(s).item() for s, r in pairs)
+    of_real = sum(len(r) * _variance(r).item() for _, r in pairs)
     return float(of_synthetic / of_real) if of_real > 0 else float("nan")
 
 
@@ -273,6 +273,11 @@ def _pairs(
     for group in common_groups(of_s, of_r):
         s, r = dense(synthetic[of_s == group]), dense(real[of_r == group])
         yield s.astype(np.float64), r.astype(np.float64)
+
+
+def _variance(x: np.ndarray) -> np.ndarray:
+    """Variance of each column; of a constant one exactly 0, not what rounding makes of it."""
+    return np.where(x.max(axis=0) > x.min(axis=0), x.var(axis=0, ddof=1), 0.0)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
