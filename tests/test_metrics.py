@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import sparse, stats
@@ -153,3 +156,10 @@ def test_coverage_is_closed():
     assert metrics.coverage(low, high, x) == pytest.approx(exact, abs=0.01)
     with pytest.raises(ValueError, match="1 of 3"):
         metrics.coverage(lower, np.array([0, 0, 6]), lower)
+
+
+def test_docs_list_every_metric():
+    api = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text("utf-8")
+    section = api[api.index("## Metrics") : api.index("## What models")]
+    listed = re.findall(r"^   (\w+)$", section, re.MULTILINE)
+    assert sorted(listed) == sorted(metrics.__all__)

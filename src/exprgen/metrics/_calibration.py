@@ -144,7 +144,8 @@ def sharpness(lower: np.ndarray, upper: np.ndarray) -> float:
     -------
     float
         Not negative, in the unit of the intervals; lower is better among intervals that hold
-        their level (:func:`coverage`), and means nothing without it :cite:p:`gneiting2007`.
+        their level (:func:`coverage`), and means nothing without it
+        :cite:p:`gneiting2007sharpness`.
 
     Raises
     ------
