@@ -38,7 +38,8 @@ def _oracle(density, features):
     if isinstance(density, Gaussian):
         mean, log_sd = density.parameters_of(features)
         return distributions.Independent(distributions.Normal(mean, log_sd.exp()), 1)
-    log_weight, mean, whitening = density._components(features)
+    log_weight, mean, *triangle = density._components(features)
+    whitening = density._whitening(*triangle)
     covariance = torch.linalg.inv(whitening.mT @ whitening)
     return distributions.MixtureSameFamily(
         distributions.Categorical(logits=log_weight),

@@ -311,7 +311,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         groups: list[dict[str, Any]]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}, *special]
         optimizer = torch.optim.AdamW(
-            groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay
+            groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
         cycle = partial(
             one_cycle,

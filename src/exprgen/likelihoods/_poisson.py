@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exprgen.likelihoods._base import Likelihood, Start
 from exprgen.likelihoods._negative_binomial import check_drawable
+from exprgen.likelihoods._sparse import Nonzero
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -44,10 +45,10 @@ class Poisson(Likelihood):
 
     def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
-        rows, genes = x.nonzero(as_tuple=True)
-        counts = x[rows, genes].to(location.dtype)
-        terms = counts * location[rows, genes] - torch.lgamma(counts + 1)
-        return (-location.exp()).sum(-1).index_add(0, rows, terms)
+        nonzero = Nonzero.of(x.to(location.dtype))
+        terms = nonzero.counts * nonzero.of_gene_or_cell(location)
+        terms = terms - torch.lgamma(nonzero.counts + 1)
+        return nonzero.add_to_rows(-location.exp().sum(-1), terms)
 
     def draw(self, location: Tensor, generator: Generator, extra: Tensor | None = None) -> Tensor:
         """Integer counts as float32, on the CPU."""
