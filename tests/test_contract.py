@@ -1,7 +1,8 @@
 """What every model promises, in one body over models and over the roles that conditions can have.
 
-A model is added to MODELS, a variant with the roles it is tested in to VARIANTS. Statistical quality is tested elsewhere
-(test_statistics.py); here answers must be complete, of the right law, repeatable and harmless.
+A model is added to MODELS, a variant with the roles it is tested in to VARIANTS. Statistical
+quality is tested elsewhere (test_statistics.py); here answers must be complete, of the right law,
+repeatable and harmless.
 """
 
 from __future__ import annotations
@@ -401,9 +402,8 @@ def test_leaving_conditions_to_the_model_draws_them_as_trained(case):
         assert agreement.mean() < 0.5
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.values[0][0].needs_counts], indirect=True)
 def test_depth_can_be_fixed_and_effects_planted(case):
-    if not case.is_count:
-        pytest.skip("values are normalised for depth")
     gene, n = case.adata.var_names[np.argmax(case.adata.layers["counts"].mean(0).A1)], 1500
     row = list(case.adata.var_names).index(gene)
     args = {"library": 800.0, "seed": 0, **QUIET}
