@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,29 @@ def test_auc_refuses_what_it_cannot_compare(rng):
         metrics.c2st_auc(a, a[:4])
     with pytest.raises(ValueError, match="'svm'"):
         metrics.c2st_auc(a, a, classifier="svm")
+
+
+def test_forests_on_threads_are_the_same(rng):
+    a, b = rng.normal(size=(30, 3)), rng.normal(1, 1, size=(30, 3))
+    assert metrics.c2st_auc(a, b, n_jobs=2) == metrics.c2st_auc(a, b)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.c2st_auc,
+        metrics.variance_ratio,
+        metrics.mean_correlation,
+        metrics.gene_correlation_agreement,
+        metrics.moment_agreement,
+        partial(metrics.de_overlap, groups_synthetic=np.arange(40) % 2, groups_real=[0, 1] * 20),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_by_name(rng, metric):
+    a, b = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+    b[3, 1] = np.inf
+    with pytest.raises(ValueError, match=r"(b|real) has values that are not finite in 1 cells"):
+        metric(sparse.csr_matrix(a), sparse.csr_matrix(b))
 
 
 def test_log_cp10k_is_scanpys(pbmc):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 from exprgen.metrics._features import dense
 
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
 
-__all__ = ["at_least", "common_groups", "group_labels", "points"]
+__all__ = ["at_least", "common_groups", "finite", "group_labels", "points"]
 
 
 def points(*, n_min: int = 1, **named: Matrix) -> list[np.ndarray]:
@@ -30,15 +31,21 @@ def points(*, n_min: int = 1, **named: Matrix) -> list[np.ndarray]:
             raise ValueError(f"{name} must have shape (n_obs, n_vars), got {array.shape}.")
         if array.shape[0] < n_min:
             raise ValueError(f"{name} has {array.shape[0]} cells; at least {n_min} are needed.")
-        if not np.isfinite(array).all():
-            n = int((~np.isfinite(array)).any(axis=1).sum())
-            raise ValueError(f"{name} has values that are not finite in {n} cells.")
+        finite(name, array)
         arrays.append(array)
     widths = [array.shape[1] for array in arrays]
     if len(set(widths)) > 1:
         listed = ", ".join(f"{name}: {n}" for name, n in zip(named, widths, strict=True))
         raise ValueError(f"the samples differ in their number of features ({listed}).")
     return arrays
+
+
+def finite(name: str, values: Matrix) -> None:
+    """Refuse NaN and infinity, which would pass through some sums and vanish in others."""
+    stored: Any = sparse.csr_matrix(values).data if sparse.issparse(values) else values
+    if not np.isfinite(stored).all():
+        n = int((~np.isfinite(dense(values))).any(axis=1).sum())
+        raise ValueError(f"{name} has values that are not finite in {n} cells.")
 
 
 def group_labels(**named: tuple[np.ndarray | None, int]) -> list[np.ndarray]:

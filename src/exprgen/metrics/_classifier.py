@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from exprgen.metrics._features import dense
+from exprgen.metrics._checks import points
 
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
@@ -50,12 +50,14 @@ def c2st_auc(
     float
         In [0, 1]. .5: indistinguishable (best); 1: told apart without error. Values somewhat
         below .5 are chance. An estimate, with a standard deviation over splits of about .03 at
-        500 cells against 500.
+        500 cells against 500, where a forest on 2,000 genes takes some 4 CPU seconds and a
+        logistic regression .3.
 
     Raises
     ------
     ValueError
-        Different numbers of features, or fewer cells than folds in a sample.
+        Different numbers of features, fewer cells than folds in a sample, or values that are not
+        finite.
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
@@ -64,8 +66,7 @@ def c2st_auc(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a and b differ in their features: {a.shape[1]} and {b.shape[1]}.")
+    a, b = points(a=a, b=b)
     if min(a.shape[0], b.shape[0]) < n_folds:
         raise ValueError(
             f"a and b have {a.shape[0]} and {b.shape[0]} cells, fewer than n_folds={n_folds}; "
@@ -80,7 +81,7 @@ def c2st_auc(
     else:
         raise ValueError(f"classifier must be 'random_forest' or 'logistic', got {classifier!r}.")
 
-    features = np.concatenate([dense(a), dense(b)]).astype(np.float32, copy=False)
+    features = np.concatenate([a, b]).astype(np.float32)
     is_a = np.repeat([1, 0], [a.shape[0], b.shape[0]])
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     aucs = []

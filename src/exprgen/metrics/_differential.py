@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from exprgen.metrics._checks import at_least, common_groups, group_labels
+from exprgen.metrics._checks import at_least, common_groups, finite, group_labels
 
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
@@ -256,6 +256,8 @@ def _all_against_rest(
     widths = {name: values.shape[1] for name, (values, _) in samples.items()}
     if len(set(widths.values())) > 1:
         raise ValueError(f"the samples differ in their number of genes: {widths}.")
+    for name, (values, _) in samples.items():
+        finite(name, values)
     pairs = {f"groups_{name}": (groups, x.shape[0]) for name, (x, groups) in samples.items()}
     labels = group_labels(**pairs)
     groups = common_groups(*labels)
