@@ -79,7 +79,7 @@ def check_anndata(adata: object, *, method: str = "setup_anndata") -> None:
     elif isinstance(adata, (pd.DataFrame, np.ndarray)):
         advice = "Make one of it: anndata.AnnData(...)."
     elif hasattr(adata, "mod"):
-        advice = "Give one modality, e.g. mdata['rna']; setup_mudata is to come."
+        advice = "Give one modality, e.g. mdata['rna']; for several there is setup_mudata."
     else:
         advice = "Cells are its rows, genes its columns."
     raise TypeError(f"{method} wants an AnnData, got {type(adata).__name__}. {advice}")
@@ -349,7 +349,7 @@ def _place(adata: AnnData, place: tuple[int, int]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, DataQualityWarning, stacklevel=5)
+    warnings.warn(message, DataQualityWarning, stacklevel=6)
 
 
 def align_genes(

@@ -16,6 +16,7 @@ from exprgen._tables import key_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 __all__ = ["Cells", "GeneReader", "cell_keys", "library_of", "split_labels"]
 
@@ -54,10 +55,12 @@ class GeneReader:
 class Cells:
     """Some of an AnnData's cells, checked and encoded.
 
+    ``given`` is what the caller gave, ``adata`` that, or the modality of it that is modelled.
     ``rows`` ``(n,)`` are their positions in ``adata``; ``codes`` ``(n, width)`` and ``library``
     ``(n,)`` are theirs.
     """
 
+    given: AnnData | MuData
     adata: AnnData
     reader: GeneReader
     rows: np.ndarray

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from mudata import MuData
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
@@ -22,6 +23,15 @@ from exprgen.models._fields import (
     ConditionField,
     encode_cells,
     expression_field,
+)
+from exprgen.models._mudata import (
+    ModalityManager,
+    check_mudata,
+    home_of,
+    in_modality,
+    own_names,
+    read_modality,
+    target_of,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +48,7 @@ _SCVI_WORDS = {
     "labels_key": "categorical_condition_keys",
     "categorical_covariate_keys": "batch_key (nuisance) or categorical_condition_keys (generated)",
     "continuous_covariate_keys": "continuous_condition_keys",
+    "modalities": "modality, and 'modality:key' for what other modalities have",
 }
 
 
@@ -52,7 +63,7 @@ class ModelCore(BaseModelClass):
 
     def __init__(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         registry: dict[str, Any] | None = None,
         *,
         seed: int | None = None,
@@ -63,7 +74,7 @@ class ModelCore(BaseModelClass):
         self.cell_keys_: dict[str, np.ndarray] = {}
         self.conditions_: dict[str, Any] | None = None
         if adata is not None:
-            self._observe(np.arange(adata.n_obs))
+            self._observe()
 
     @classmethod
     def setup_anndata(
@@ -118,47 +129,119 @@ class ModelCore(BaseModelClass):
         DataQualityWarning
             If something looks unlike what was meant.
         """
-        setup_method_args = cls._get_setup_method_args(**locals())
-        cls._check_setup_words(kwargs)
+        said = cls._get_setup_method_args(**locals())
+        cls._check_setup_words(kwargs, "setup_anndata")
+        cls._register(adata, adata, said, kwargs)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        *,
+        modality: str,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        donor_key: str | None = None,
+        categorical_condition_keys: list[str] | None = None,
+        continuous_condition_keys: list[str] | None = None,
+        condition_embedding_key: str | None = None,
+        size_factor_key: str | None = None,
+        allow_non_integer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Say which modality of ``mdata`` is modelled, and what it is conditioned on.
+
+        One modality is modelled; the others can only condition. Cells are matched by name, and
+        those of a modality that conditions must be those of the modelled one. Verbs then take a
+        MuData where they take an AnnData: they read the modality and its conditions, count cells
+        in the modality's order, write to ``mdata.mod[modality]`` and return the MuData. Nothing of
+        ``mdata`` is changed except for scvi-tools' two ``_scvi_*`` identifiers in ``uns``.
+
+        A key is a name in ``mdata`` or in the modelled modality, or is written
+        ``"modality:key"``; the modelled modality's own prefix is not part of the condition's name.
+
+        Parameters
+        ----------
+        mdata
+            Cells in several modalities; not a view.
+        modality
+            Name of the modality to model.
+        layer
+            Layer of that modality; ``None`` is its ``X``.
+        batch_key, donor_key, categorical_condition_keys, continuous_condition_keys
+            Columns of obs, in the roles of :meth:`setup_anndata`.
+        condition_embedding_key
+            One vector per cell to generate on: a key of obsm, or the name of another modality,
+            all of whose ``X`` is taken as it is. A sparse one is made dense, up to 2,000 columns.
+        size_factor_key, allow_non_integer, **kwargs
+            As in :meth:`setup_anndata`.
+
+        Raises
+        ------
+        TypeError, KeyError, SetupError, CovariateError
+            If an argument or the data cannot be used; the message says where and what to do.
+
+        Warns
+        -----
+        DataQualityWarning
+            If something looks unlike what was meant.
+        """
+        said = cls._get_setup_method_args(**locals())
+        cls._check_setup_words(kwargs, "setup_mudata")
+        check_mudata(mdata)
+        adata = read_modality(mdata, said["setup_args"], at_setup=True)
+        with in_modality(modality):
+            cls._register(mdata, adata, said, kwargs)
+
+    @classmethod
+    def _register(
+        cls, data: AnnData | MuData, adata: AnnData, said: dict[str, Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Check ``adata``, which is ``data`` or a modality of it, and register ``data``."""
+        roles = own_names(said["setup_args"])
+        layer, size_factor_key = roles["layer"], roles["size_factor_key"]
         if size_factor_key is not None and not cls.needs_counts:
             raise SetupError(
                 f"size_factor_key={size_factor_key!r} is for models of counts; {cls.__name__} "
                 "models values that are normalised for depth. Leave it out."
             )
         summary = _validate.check_setup_data(
-            adata, layer, needs_counts=cls.needs_counts, allow_non_integer=allow_non_integer
+            adata,
+            layer,
+            needs_counts=cls.needs_counts,
+            allow_non_integer=roles["allow_non_integer"],
         )
         source = kwargs.get("source_registry")
         if source is None:
             schema = ConditionSchema.fit(
                 adata.obs,
-                categorical=categorical_condition_keys,
-                continuous=continuous_condition_keys,
-                batch=batch_key,
-                donor=donor_key,
-                embedding=_validate.embedding_of(adata, condition_embedding_key),
+                categorical=roles["categorical_condition_keys"],
+                continuous=roles["continuous_condition_keys"],
+                batch=roles["batch_key"],
+                donor=roles["donor_key"],
+                embedding=_validate.embedding_of(adata, roles["condition_embedding_key"]),
             )
         else:
             state = source["field_registries"][CONDITIONS_KEY]["state_registry"]
             schema = ConditionSchema.from_dict(state["schema"])
         library_of(adata, size_factor_key, summary.row_totals)
         extra = {"data_kind": "counts" if cls.needs_counts else "continuous"}
-        manager = AnnDataManager(
+        manager = (AnnDataManager if data is adata else ModalityManager)(
             fields=[expression_field(layer), ConditionField(schema, size_factor_key, extra)],
-            setup_method_args=setup_method_args,
+            setup_method_args=said,
         )
-        manager.register_fields(adata, **kwargs)
+        manager.register_fields(data, **kwargs)
         cls.register_manager(manager)
 
     @classmethod
-    def _check_setup_words(cls, kwargs: dict[str, Any]) -> None:
+    def _check_setup_words(cls, kwargs: dict[str, Any], method: str) -> None:
         """Refuse keywords that scvi-tools would swallow."""
         for word in kwargs.keys() - {"source_registry"}:
             if word in _SCVI_WORDS:
                 hint = f" In exprgen this is {_SCVI_WORDS[word]}."
             else:
-                hint = closest(word, inspect.signature(cls.setup_anndata).parameters)
-            raise TypeError(f"setup_anndata() got an unexpected argument {word!r}.{hint}")
+                hint = closest(word, inspect.signature(getattr(cls, method)).parameters)
+            raise TypeError(f"{method}() got an unexpected argument {word!r}.{hint}")
 
     @property
     def _setup_state(self) -> dict[str, Any]:
@@ -166,7 +249,7 @@ class ModelCore(BaseModelClass):
 
     @property
     def _setup_args(self) -> dict[str, Any]:
-        return self.registry_["setup_args"]
+        return own_names(self.registry_["setup_args"])
 
     @property
     def var_names(self) -> pd.Index:
@@ -187,9 +270,9 @@ class ModelCore(BaseModelClass):
             raise RuntimeError("This model has seen no data yet.")
         return ObservedConditions.from_dict(self.conditions_, self.schema)
 
-    def _observe(self, rows: np.ndarray) -> None:
+    def _observe(self, rows: np.ndarray | slice = slice(None)) -> None:
         """Remember which combinations of conditions the given cells have."""
-        table, _ = self.schema.parse(self.adata, argument="adata")
+        table, _ = self.schema.parse(self._readable(self.adata), argument="adata")
         self.conditions_ = ObservedConditions.fit(self.schema, table.iloc[rows]).to_dict()
 
     @property
@@ -234,23 +317,38 @@ class ModelCore(BaseModelClass):
 
     # How cells are read and results written ------------------------------------------------
 
-    def _own_data(self) -> AnnData:
+    def _own_data(self) -> AnnData | MuData:
         if self.adata is None:
             raise ValueError(
                 f"This {type(self).__name__} was loaded without data: give an AnnData."
             )
         return self.adata
 
+    def _readable(self, data: Any, *also: str) -> Any:
+        """A MuData's modelled modality with its conditions, to read from; all else as it is."""
+        if not isinstance(data, MuData):
+            return data
+        if "modality" not in self.registry_["setup_args"]:
+            _validate.check_anndata(data, method=f"This {type(self).__name__}")
+        return read_modality(data, self.registry_["setup_args"], *also)
+
+    def _home(self, data: AnnData | MuData) -> AnnData:
+        """Where results about ``data`` are written."""
+        if isinstance(data, MuData):
+            return home_of(data, self.registry_["setup_args"])
+        return data
+
     def _cells(
         self,
-        adata: AnnData | None,
+        given: AnnData | MuData | None,
         indices: Any = None,
         *,
         unseen: Literal["error", "null"] = "error",
     ) -> Cells:
         """Check and encode cells, without changing the object they come in."""
         _arguments.check_choice(unseen, "unseen", ("error", "null"))
-        adata = self._own_data() if adata is None else adata
+        given = self._own_data() if given is None else given
+        adata = self._readable(given)
         layer = self._setup_args["layer"]
         summary = _validate.check_query_data(
             adata,
@@ -266,7 +364,7 @@ class ModelCore(BaseModelClass):
         rows = np.arange(adata.n_obs)
         if indices is not None:
             rows = _arguments.check_indices(indices, adata.n_obs)
-        return Cells(adata, reader, rows, codes[rows], library[rows])
+        return Cells(given, adata, reader, rows, codes[rows], library[rows])
 
     def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
         """Column of ``adata`` for each of the model's genes; layers need all of them and no more.
@@ -287,7 +385,7 @@ class ModelCore(BaseModelClass):
 
     def _write(
         self,
-        adata: AnnData,
+        given: AnnData | MuData,
         verb: str,
         values: Mapping[str, np.ndarray],
         info: dict[str, Any],
@@ -297,15 +395,16 @@ class ModelCore(BaseModelClass):
         key_added: str,
         overwrite: bool,
         copy: bool,
-    ) -> AnnData:
-        """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``adata``'s genes."""
+    ) -> AnnData | MuData:
+        """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``given``'s genes."""
+        target = target_of(given, copy)
+        adata = self._home(target)
         order = self._check_same_genes(adata) if selected is None else None
         if order is not None:
             place = np.argsort(order)
             values = {name: array[:, place] for name, array in values.items()}
-        target = _slots.target(adata, copy)
         _slots.write(
-            target,
+            adata,
             key_added,
             verb,
             model=type(self).__name__,

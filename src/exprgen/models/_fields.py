@@ -114,17 +114,18 @@ def check_unchanged(
     digests: dict[str, str],
     adata: AnnData,
     size_factor_key: str | None,
+    method: str,
 ) -> None:
     """Refuse cells whose conditions were edited after setup."""
-    remedy = "Run setup_anndata again and create a new model, or restore the values."
+    remedy = f"Run {method} again and create a new model, or restore the values."
     try:
         now = condition_digests(schema, adata, size_factor_key)
     except (CovariateError, KeyError) as error:
-        what = f"Conditions changed since setup_anndata: {error}"
+        what = f"Conditions changed since {method}: {error}"
         raise CovariateError(f"{what} {remedy}") from error
     changed = [key for key in now if now[key] != digests[key]]
     if changed:
-        raise CovariateError(f"{name_some(changed)} changed since setup_anndata. {remedy}")
+        raise CovariateError(f"{name_some(changed)} changed since {method}. {remedy}")
 
 
 def encode_cells(

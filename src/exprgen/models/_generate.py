@@ -22,6 +22,8 @@ from exprgen.models._statistics import Moments
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from mudata import MuData
+
     from exprgen.module import ExpressionModule
 
 __all__ = ["GenerateMixin"]
@@ -33,7 +35,7 @@ class GenerateMixin(ModelCore):
     @torch.no_grad()
     def sample(
         self,
-        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | None = None,
+        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | MuData | None = None,
         n_obs: int = 1,
         *,
         marginalize: Sequence[str] = (),
@@ -104,7 +106,7 @@ class GenerateMixin(ModelCore):
         query = ask(
             self.schema,
             self._observed,
-            conditions,
+            self._readable(conditions),
             n_obs=n_obs,
             marginalize=marginalize,
             unseen=unseen,
@@ -131,7 +133,7 @@ class GenerateMixin(ModelCore):
     @torch.no_grad()
     def counterfactual(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         *,
         to: Mapping[str, Any],
         indices: np.ndarray | None = None,

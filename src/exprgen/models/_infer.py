@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import sparse
     from anndata import AnnData
+    from mudata import MuData
 
 __all__ = ["InferMixin"]
 
@@ -31,7 +32,7 @@ class InferMixin(ModelCore):
 
     def log_likelihood(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         *,
         indices: Any = None,
         n_samples: int = 50,
@@ -76,7 +77,7 @@ class InferMixin(ModelCore):
         self._check_has_depth(given=given, default="conditions")
         seed = resolve_seed(seed)
         cells = self._cells(adata, indices, unseen=unseen)
-        _check_writable(cells.adata, indices, key_added)
+        _check_writable(cells.given, indices, key_added)
         values = np.zeros(len(cells))
         for block, part in blocks(len(cells), "Log-likelihood", show=progress_bar):
             bound = self.module.log_likelihood(
@@ -90,7 +91,7 @@ class InferMixin(ModelCore):
             info = {"n_samples": n_samples, "seed": seed, "estimator": "bound", "given": given}
             info["unit"] = "nats per cell"
             _slots.write(
-                cells.adata,
+                self._home(cells.given),
                 key_added,
                 "log_likelihood",
                 model=type(self).__name__,
@@ -103,7 +104,7 @@ class InferMixin(ModelCore):
     @torch.no_grad()
     def get_latent_representation(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         indices: Any = None,
         *,
         return_dist: bool = False,
@@ -151,7 +152,7 @@ class InferMixin(ModelCore):
                 stacklevel=3,  # beyond torch.no_grad's wrapper
             )
         cells = self._cells(adata, indices, unseen=unseen)
-        _check_writable(cells.adata, indices, key_added)
+        _check_writable(cells.given, indices, key_added)
         mean = np.zeros((len(cells), self.module.space.n_latent), np.float32)
         std = np.zeros_like(mean)
         for _, part in blocks(len(cells), "Latent representation", show=progress_bar):
@@ -159,7 +160,7 @@ class InferMixin(ModelCore):
             mean[part], std[part] = z.cpu().numpy(), sd.cpu().numpy()
         if key_added is not None:
             _slots.write(
-                cells.adata,
+                self._home(cells.given),
                 key_added,
                 "get_latent_representation",
                 model=type(self).__name__,
@@ -172,7 +173,7 @@ class InferMixin(ModelCore):
     @torch.no_grad()
     def posterior_predictive_sample(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         indices: Any = None,
         n_samples: int = 1,
         gene_list: Sequence[str] | None = None,
@@ -233,7 +234,7 @@ class InferMixin(ModelCore):
         return sparse.GCXS.from_coo(coo)
 
 
-def _check_writable(adata: AnnData, indices: Any, key_added: str | None) -> None:
+def _check_writable(adata: AnnData | MuData, indices: Any, key_added: str | None) -> None:
     """Refuse to write results of some cells, or into a view; before they are computed."""
     if key_added is None:
         return

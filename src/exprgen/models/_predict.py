@@ -22,6 +22,8 @@ from exprgen.models._statistics import Moments, predictive_of_cell, predictive_o
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mudata import MuData
+
     from exprgen.spaces import Decoded
 
 __all__ = ["PredictMixin"]
@@ -34,7 +36,7 @@ class PredictMixin(ModelCore):
 
     def predict(
         self,
-        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | None = None,
+        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | MuData | None = None,
         *,
         of: Literal["cell", "mean"] = "cell",
         n_cells: int | None = None,
@@ -49,7 +51,7 @@ class PredictMixin(ModelCore):
         copy: bool = False,
         progress_bar: bool = True,
         seed: int | None = None,
-    ) -> AnnData:
+    ) -> AnnData | MuData:
         """Mean, spread and quantiles of p(x | c), per cell and gene.
 
         This uses the conditions, never the cells' own counts; for those see :meth:`denoise`.
@@ -108,6 +110,7 @@ class PredictMixin(ModelCore):
         seed = resolve_seed(seed)
         if conditions is None:
             conditions = self._own_data()
+        target, conditions = conditions, self._readable(conditions)
         given = isinstance(conditions, AnnData)
         if given:
             logger.info("predict uses the conditions, not the counts; see denoise for those.")
@@ -154,7 +157,7 @@ class PredictMixin(ModelCore):
             "seed": seed,
         }
         return self._write(
-            conditions if given else self._new_adata(query),
+            target if given else self._new_adata(query),
             "predict",
             results,
             info,
@@ -204,7 +207,7 @@ class PredictMixin(ModelCore):
     @torch.no_grad()
     def denoise(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         *,
         batch: str = "average",
         library: Literal["observed"] | float = "observed",
@@ -215,7 +218,7 @@ class PredictMixin(ModelCore):
         copy: bool = False,
         progress_bar: bool = True,
         seed: int | None = None,
-    ) -> AnnData:
+    ) -> AnnData | MuData:
         """Expected expression given each cell's own counts, with its posterior uncertainty.
 
         Parameters
@@ -246,7 +249,6 @@ class PredictMixin(ModelCore):
         if not (isinstance(library, str) and library == "observed"):
             fixed = log_library(_number(library), np.zeros(1, int), 1)
         seed = resolve_seed(seed)
-        adata = self._own_data() if adata is None else adata
         cells = self._cells(adata, unseen="error" if batch == "observed" else "null")
         split = self._split_of(cells.adata)
         if selected is None:
@@ -277,7 +279,7 @@ class PredictMixin(ModelCore):
             results["denoised_std"][part] = moments.variance().sqrt().cpu().numpy()
         info = {"batch": batch, "library": str(library), "n_samples": n_samples, "seed": seed}
         return self._write(
-            cells.adata,
+            cells.given,
             "denoise",
             results,
             info,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 import anndata as ad
 import torch
 from anndata import AnnData
+from mudata import MuData
 from scvi.model._utils import parse_device_args
 
 from exprgen import _arguments, _files, _validate
@@ -26,15 +27,16 @@ from exprgen._conditions import ConditionSchema
 from exprgen._errors import CheckpointError, ReproducibilityWarning, name_some
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import CONDITIONS_KEY
+from exprgen.models._mudata import own_names, read_h5mu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from exprgen.module import ExpressionModule
 
 __all__ = ["SaveMixin"]
 
-ADATA_FILE = "adata.h5ad"
+ADATA_FILE, MDATA_FILE = "adata.h5ad", "mdata.h5mu"
 
 
 class SaveMixin(ModelCore):
@@ -65,7 +67,7 @@ class SaveMixin(ModelCore):
         overwrite
             Whether to replace a model that is there.
         save_anndata
-            Whether to write the model's data beside it, as ``adata.h5ad``.
+            Whether to write the model's data beside it, as ``adata.h5ad`` or ``mdata.h5mu``.
         min_cells
             Combinations of conditions with fewer training cells are left out of
             :attr:`conditions`.
@@ -99,7 +101,7 @@ class SaveMixin(ModelCore):
             ]["schema"],
             "init_params": _files.to_plain(self.init_params_),
         }
-        extra = {ADATA_FILE: self._own_data().write_h5ad} if save_anndata else {}
+        extra = dict([_data_file(self._own_data())]) if save_anndata else {}
         _files.write_folder(
             dir_path,
             manifest=manifest,
@@ -113,7 +115,7 @@ class SaveMixin(ModelCore):
     def load(
         cls,
         dir_path: str | Path,
-        adata: AnnData | Literal[False] | None = None,
+        adata: AnnData | MuData | Literal[False] | None = None,
         accelerator: str = "auto",
         device: int | str = "auto",
         prefix: str | None = None,
@@ -126,6 +128,8 @@ class SaveMixin(ModelCore):
             Folder that :meth:`save` wrote.
         adata
             Data to attach, with the columns of setup; genes are put in the model's order by name.
+            Of a model of ``setup_mudata``, a MuData, or the modelled modality alone if it has
+            every condition under its name in :attr:`conditions`.
             ``None`` takes the data saved with the model, if any; ``False`` takes none. A model
             without data can sample and predict.
         accelerator, device
@@ -158,14 +162,16 @@ class SaveMixin(ModelCore):
             registry = attributes.pop("registry_")
             arguments = attributes["init_params_"]["non_kwargs"]
             _check_registry(registry)
-            known = inspect.signature(cls.setup_anndata).parameters.keys() - {"adata", "kwargs"}
-            if unknown := registry["setup_args"].keys() - known:
-                raise TypeError(f"setup_anndata takes no {name_some(sorted(unknown))}")
-        data_file = f"{prefix or ''}{ADATA_FILE}"
-        if adata is None and data_file in manifest["files"]:  # no other has been verified
-            with _naming(folder, data_file):
-                adata = ad.read_h5ad(folder / data_file)
-        attach = isinstance(adata, AnnData)
+            method = registry["setup_method_name"]
+            known = inspect.signature(getattr(cls, method)).parameters.keys()
+            if unknown := registry["setup_args"].keys() - (known - {"adata", "mdata", "kwargs"}):
+                raise TypeError(f"{method} takes no {name_some(sorted(unknown))}")
+        for name, read in ((ADATA_FILE, ad.read_h5ad), (MDATA_FILE, read_h5mu)):
+            data_file = f"{prefix or ''}{name}"
+            if adata is None and data_file in manifest["files"]:  # no other has been verified
+                with _naming(folder, data_file):
+                    adata = read(folder / data_file)
+        attach = isinstance(adata, AnnData | MuData)
         if attach:
             adata = cls._adopt(adata, registry)
         elif adata is not None and adata is not False:
@@ -227,7 +233,9 @@ class SaveMixin(ModelCore):
         """
         registry = SaveMixin.load_registry(dir_path, prefix)
         said = pformat(registry["setup_args"], sort_dicts=False)
-        sys.stdout.write(f"{registry['model_name']}.setup_anndata was called with\n{said}\n")
+        sys.stdout.write(
+            f"{registry['model_name']}.{registry['setup_method_name']} was called with\n{said}\n"
+        )
 
     @classmethod
     def convert_legacy_save(
@@ -250,12 +258,16 @@ class SaveMixin(ModelCore):
         )
 
     @classmethod
-    def _adopt(cls, adata: AnnData, registry: dict[str, Any]) -> AnnData:
+    def _adopt(cls, adata: AnnData | MuData, registry: dict[str, Any]) -> AnnData | MuData:
         """Set up ``adata`` as the saved model's data was; a copy if its genes are re-ordered."""
-        state = registry["field_registries"]["X"]["state_registry"]
-        order = _validate.align_genes(adata.var_names, state["column_names"])
-        if order is not None:
-            adata = adata[:, order].copy()
+        said, several = registry["setup_args"], isinstance(adata, MuData)
+        if not (several and "modality" in said):
+            _validate.check_anndata(adata, method="load")
+            state = registry["field_registries"]["X"]["state_registry"]
+            order = _validate.align_genes(adata.var_names, state["column_names"])
+            if order is not None:
+                adata = adata[:, order].copy()
+            said = {role: key for role, key in own_names(said).items() if role != "modality"}
         schema = ConditionSchema.from_dict(
             registry["field_registries"][CONDITIONS_KEY]["state_registry"]["schema"]
         )
@@ -266,7 +278,8 @@ class SaveMixin(ModelCore):
                 ReproducibilityWarning,
                 stacklevel=3,
             )
-        cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+        setup = cls.setup_mudata if several else cls.setup_anndata
+        setup(adata, source_registry=registry, **said)
         return adata
 
 
@@ -302,6 +315,13 @@ _MADE_UP = (
 """What comes of a file that no model has written."""
 
 
+def _data_file(data: AnnData | MuData) -> tuple[str, Callable[[Path], object]]:
+    """Name of the file that a model's data are saved in, and what writes it."""
+    if isinstance(data, MuData):
+        return MDATA_FILE, data.write_h5mu
+    return ADATA_FILE, data.write_h5ad
+
+
 @contextmanager
 def _naming(folder: Path, part: str) -> Iterator[None]:
     """Say which part of a model's folder is no part of a model."""
@@ -326,7 +346,10 @@ def _check_registry(registry: Mapping[str, Any]) -> None:
         raise TypeError(f"{name_some(wrong)} is no text")
     if not registry["model_name"].isidentifier():
         raise ValueError(f"{registry['model_name']!r} is no class")
-    _ = said["layer"], said["size_factor_key"], said["allow_non_integer"]
+    _ = said["layer"], said["allow_non_integer"], own_names(said)
+    several = "modality" in said
+    if registry["setup_method_name"] != ("setup_mudata" if several else "setup_anndata"):
+        raise ValueError(f"{registry['setup_method_name']!r} is no method of setup")
 
 
 def _fill(module: ExpressionModule, weights: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from exprgen._random import isolated
 from exprgen.models._cells import cell_keys
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged
+from exprgen.models._mudata import own_name
 from exprgen.spaces import DataMoments
 from exprgen.train import (
     MONITOR,
@@ -188,21 +189,29 @@ class TrainMixin(ModelCore):
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""
         size_factor_key = self._setup_args["size_factor_key"]
-        check_unchanged(self.schema, self._setup_state["digests"], self.adata, size_factor_key)
+        check_unchanged(
+            self.schema,
+            self._setup_state["digests"],
+            self._readable(self.adata),
+            size_factor_key,
+            self.registry_["setup_method_name"],
+        )
         cells = self._cells(None)
         dataset = CellDataset(cells.reader, cells.codes, cells.library)
-        return dataset, cell_keys(self.adata, cells.reader)
+        return dataset, cell_keys(cells.adata, cells.reader)
 
     def _split(
         self, train_size: float, validation_size: float | None, split_key: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of training and validation cells."""
-        n_obs = self.adata.n_obs
+        adata = self._readable(self.adata, *([] if split_key is None else [split_key]))
+        n_obs = adata.n_obs
         if split_key is not None:
-            if split_key not in list(self.adata.obs):
-                hint = closest(split_key, self.adata.obs.columns)
+            name = own_name(split_key, self.registry_["setup_args"])
+            if name not in list(adata.obs):
+                hint = closest(split_key, adata.obs.columns)
                 raise KeyError(f"split_key={split_key!r} is no column of obs.{hint}")
-            labels = self.adata.obs[split_key].astype(str).to_numpy()
+            labels = adata.obs[name].astype(str).to_numpy()
             train, validation = (np.flatnonzero(labels == k) for k in ("train", "validation"))
             if len(train) == 0:
                 raise ValueError(

@@ -1,0 +1,408 @@
+"""Several modalities: one is modelled, the others can only condition.
+
+Verbs read cells from an AnnData and know nothing of a MuData. :func:`read_modality` makes one of
+the modelled modality: its own matrix, and beside it the columns and vectors that setup named, from
+wherever in the MuData they are, put to its cells *by name*. Nothing of the user's is changed or
+copied but these columns, and they are read anew each time, so that an edit is noticed. Results go
+to the modality itself (:func:`home_of`).
+
+A name means:
+
+================ ================================================================================
+``"prot:x"``     ``x`` of the modality ``prot``; if it has none, what ``mdata`` has as ``"prot:x"``
+``"x"``          ``x`` of ``mdata`` or of the modelled modality; both, if they are equal
+``"prot"``       as an embedding: the modality's ``X``
+================ ================================================================================
+
+With the modelled modality's own prefix left out (``"rna:x"`` is ``x`` of ``rna``), these are the
+names of the conditions, so that its AnnData can be given alone where it has all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import mudata
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+from scvi.data import AnnDataManager
+from scvi.data._manager import AnnDataManagerValidationCheck
+
+from exprgen import _slots
+from exprgen._errors import DataQualityWarning, SetupError, closest, name_some
+from exprgen._matrix import as_reader
+from exprgen._random import isolated
+from exprgen._tables import column, key_list
+from exprgen._validate import align_genes, matrix_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from scvi.data.fields import BaseAnnDataField
+
+__all__ = [
+    "ModalityManager",
+    "check_mudata",
+    "home_of",
+    "in_modality",
+    "own_name",
+    "own_names",
+    "read_h5mu",
+    "read_modality",
+    "target_of",
+]
+
+LARGEST_DENSE = 2000
+"""Most columns of a matrix that is made dense to condition on."""
+
+_COLUMNS = {
+    "batch_key": False,
+    "donor_key": False,
+    "categorical_condition_keys": True,
+    "continuous_condition_keys": True,
+    "size_factor_key": False,
+}
+"""Arguments of setup that name columns of obs, and whether they are lists."""
+
+_EMBEDDING = "condition_embedding_key"
+
+
+class ModalityManager(AnnDataManager):
+    """Registers a MuData with scvi-tools, whose fields see the modelled modality.
+
+    Cells need not be in all modalities, only in those that condition, which are checked here; the
+    genes of another object may come in another order.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs["validation_checks"] = AnnDataManagerValidationCheck(
+            check_fully_paired_mudata=False
+        )
+        super().__init__(**kwargs)
+
+    def _add_field(
+        self,
+        field: BaseAnnDataField,
+        adata: MuData,
+        source_registry: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        said = self._registry["setup_args"]
+        cells = read_modality(adata, said)
+        if source_registry is not None:
+            names = source_registry["field_registries"]["X"]["state_registry"]["column_names"]
+            order = align_genes(cells.var_names, names, quiet=True)
+            cells = cells if order is None else cells[:, order]
+        super()._add_field(field, cells, source_registry, **kwargs)
+        place = self._registry["field_registries"][field.registry_key]["data_registry"]
+        if place:
+            place["mod_key"] = said["modality"]  # where scvi-tools itself looks
+
+
+def check_mudata(mdata: object) -> None:
+    """Refuse what cannot be set up as several modalities.
+
+    Raises
+    ------
+    TypeError
+        If it is no MuData.
+    SetupError
+        If it is a view.
+    """
+    if not isinstance(mdata, MuData):
+        advice = (
+            "For one AnnData: setup_anndata."
+            if isinstance(mdata, AnnData)
+            else "Make one of AnnData objects: mudata.MuData({'rna': rna, 'prot': prot})."
+        )
+        raise TypeError(f"setup_mudata wants a MuData, got {type(mdata).__name__}. {advice}")
+    if mdata.is_view:
+        raise SetupError(
+            "mdata is a view of another MuData, and setup writes to it. Set up a copy: "
+            "mdata = mdata.copy()."
+        )
+
+
+def own_names(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of setup with the names that columns have in the AnnData that verbs read."""
+    if "modality" not in said:
+        return dict(said)
+    named = dict(said)
+    for role in (*_COLUMNS, _EMBEDDING):
+        keys = said[role]
+        if keys is not None:
+            one = isinstance(keys, str)
+            named[role] = own_name(keys, said) if one else [own_name(key, said) for key in keys]
+    return named
+
+
+def own_name(key: str, said: Mapping[str, Any]) -> str:
+    """Name of a column without the prefix of the modelled modality, if there are several."""
+    return key.removeprefix(f"{said['modality']}:") if "modality" in said else key
+
+
+def home_of(mdata: MuData, said: Mapping[str, Any]) -> AnnData:
+    """The modality that results are written to; no longer a view of what it was made from."""
+    name = said["modality"]
+    if mdata.mod[name].is_view:
+        mdata.mod[name] = mdata.mod[name].copy()
+    return mdata.mod[name]
+
+
+def target_of(data: AnnData | MuData, copy: bool) -> AnnData | MuData:
+    """What to write to: ``data``, or a copy if asked for or if it is a view."""
+    if not isinstance(data, MuData):
+        return _slots.target(data, copy)
+    with quietly():
+        return _slots.target(data, copy)
+
+
+def read_h5mu(file: Path) -> MuData:
+    """Read a MuData from a file."""
+    with quietly():
+        return mudata.read_h5mu(file)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """For what mudata does when it makes an object.
+
+    It draws from numpy's global stream, and warns of its own next version.
+    """
+    with isolated(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextmanager
+def in_modality(name: str) -> Iterator[None]:
+    """Say in which modality an error is, where the message speaks of ``adata``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        error.args = (f"In modality {name!r}: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def read_modality(
+    mdata: MuData, said: Mapping[str, Any], *also: str, at_setup: bool = False
+) -> AnnData:
+    """The modelled modality as an AnnData with its conditions; matrices are shared, not copied.
+
+    Parameters
+    ----------
+    mdata
+        Modalities.
+    said
+        Arguments of ``setup_mudata``.
+    *also
+        Further columns of obs to read.
+    at_setup
+        Whether everything named must be there; later a query may leave out what is averaged over.
+
+    Returns
+    -------
+    The modality's cells in its own order, with ``obs``, the matrix to model, the embedding.
+
+    Raises
+    ------
+    KeyError
+        If there is no such modality; at setup also column, layer or embedding.
+    TypeError
+        If a name is not of the right type.
+    SetupError
+        If cells are not paired or their names repeated, a name has two meanings, or an embedding
+        has too many columns to be made dense.
+
+    Warns
+    -----
+    DataQualityWarning
+        At setup, if ``mdata.obs`` has an older copy of a modality's column.
+    """
+    name, layer = said["modality"], said["layer"]
+    mod = _modality(mdata, name)
+    columns = {}
+    for role, keys in _named(said, also):
+        for key in keys:
+            values = _read(mdata, name, key, "obs", role, at_setup=at_setup)
+            if values is not None:
+                columns[own_name(key, said)] = values
+    obsm = {}
+    for key in key_list(said[_EMBEDDING], _EMBEDDING, many=False):
+        values = _read(mdata, name, key, "obsm", _EMBEDDING, at_setup=at_setup)
+        if values is not None:
+            obsm[own_name(key, said)] = values
+    if at_setup:
+        matrix_of(mod, layer)  # or an error that says which there are
+    with warnings.catch_warnings():
+        # The modality has said before if its names are repeated.
+        warnings.filterwarnings("ignore", ".*names are not unique", UserWarning)
+        return AnnData(
+            X=mod.X if layer is None else None,
+            obs=mod.obs.assign(**columns),
+            var=pd.DataFrame(index=mod.var_names),
+            obsm=obsm,
+            layers={key: mod.layers[key] for key in {"counts", layer} if key in mod.layers},
+            uns={**mod.uns, **{key: mdata.uns[key] for key in mdata.uns if key[:6] == "_scvi_"}},
+        )
+
+
+def _named(said: Mapping[str, Any], also: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Columns to read, by the argument that names them."""
+    for role, many in _COLUMNS.items():
+        yield role, key_list(said[role], role, many=many)
+    for key in also:
+        yield "split_key", key_list(key, "split_key", many=False)
+
+
+def _modality(mdata: MuData, name: object) -> AnnData:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"modality must be a str, the name of the modality to model; got {name!r}. mdata has "
+            f"{name_some(mdata.mod, 20)}."
+        )
+    if name not in mdata.mod:
+        raise KeyError(
+            f"modality={name!r} is not in mdata; its modalities are: "
+            f"{name_some(mdata.mod, 20) or 'none'}.{closest(name, mdata.mod)}"
+        )
+    return mdata.mod[name]
+
+
+def _read(mdata: MuData, modality: str, key: str, store: str, role: str, *, at_setup: bool) -> Any:
+    """A column or array by its name, for the cells of the modelled modality; None if not there."""
+    mod = mdata.mod[modality]
+    if store == "obsm" and key in mdata.mod:
+        return _whole(mdata, modality, key)
+    owner = next((name for name in mdata.mod if key.startswith(f"{name}:")), None)
+    if owner is None:
+        places = [("mdata", mdata, key), (f"mdata[{modality!r}]", mod, key)]
+    else:
+        own = key.removeprefix(f"{owner}:")
+        places = [(f"mdata[{owner!r}]", mdata.mod[owner], own), ("mdata", mdata, key)]
+    found = [
+        (f"{words}.{store}[{at!r}]", _aligned(_get(place, store, at, role), place, mod, words))
+        for words, place, at in places
+        # A MuData's obsm holds a mask under each modality's name.
+        if at in getattr(place, store) and not (store == "obsm" and at in mdata.mod)
+    ]
+    if not found:
+        if at_setup:
+            raise KeyError(_not_found(mdata, modality, key, store, role))
+        return None
+    if len(found) == 2 and (n := _differ(found[0][1], found[1][1])):
+        where, other = found[0][0], found[1][0]
+        if owner is None:
+            raise SetupError(
+                f"{role}={key!r} has two meanings: {where} and {other} differ in {n} cells. Give "
+                f"'{modality}:{key}' for the latter, or rename the former."
+            )
+        if at_setup:
+            warnings.warn(
+                f"{role}={key!r} is read from {where}; {other} differs from it in {n} cells, "
+                f"and may be an old copy: del {other}, and mdata.pull_obs() makes it anew.",
+                DataQualityWarning,
+                stacklevel=4,
+            )
+    return found[0][1]
+
+
+def _whole(mdata: MuData, modality: str, name: str) -> np.ndarray:
+    """All of a modality's X as vectors to condition on."""
+    if name == modality:
+        raise SetupError(
+            f"{_EMBEDDING}={name!r} is the modality that is modelled; cells cannot be conditioned "
+            "on themselves. Name another modality."
+        )
+    other, where = mdata.mod[name], f"mdata[{name!r}]"
+    if other.X is None:
+        raise SetupError(f"{where}.X is None, and {_EMBEDDING}={name!r} conditions on it.")
+    return _aligned(other.X, other, mdata.mod[modality], where)
+
+
+def _get(place: AnnData | MuData, store: str, key: str, role: str) -> Any:
+    return column(place.obs, key, role) if store == "obs" else place.obsm[key]
+
+
+def _aligned(values: Any, place: AnnData | MuData, mod: AnnData, where: str) -> Any:
+    """Rows of a column or an array for the cells of ``mod``, found by name."""
+    rows = _rows(place, mod, where)
+    if isinstance(values, pd.Series):
+        return values.iloc[rows].set_axis(mod.obs_names)
+    if isinstance(values, pd.DataFrame):
+        values = values.to_numpy()
+    if isinstance(values, np.ndarray):
+        return values[rows]
+    if values.shape[1] > LARGEST_DENSE:
+        raise SetupError(
+            f"{where} has {values.shape[1]} columns to condition on, which would be made dense; "
+            f"at most {LARGEST_DENSE} are. Give fewer dimensions, e.g. principal components in "
+            f"{where}.obsm, as {_EMBEDDING}='modality:key'."
+        )
+    return as_reader(values).rows(rows)
+
+
+def _rows(place: AnnData | MuData, mod: AnnData, where: str) -> np.ndarray:
+    """Row of each cell of ``mod`` in another modality, or in all of them, ``(n_obs,)``.
+
+    Raises
+    ------
+    SetupError
+        If names are repeated, or cells are not in both.
+    """
+    names, here = mod.obs_names, place.obs_names
+    if names.equals(here):
+        return np.arange(len(names))
+    for index, owner in ((here, where), (names, "the modelled modality")):
+        if not index.is_unique:
+            repeated = index[index.duplicated()].unique()
+            raise SetupError(
+                f"{len(repeated)} names of cells are repeated in {owner}: {name_some(repeated)}. "
+                "Modalities are matched by name: make them unique, the same in each."
+            )
+    missing = names[~names.isin(here)]
+    spare = here[~here.isin(names)] if isinstance(place, AnnData) else missing[:0]
+    if len(missing) or len(spare):
+        raise SetupError(
+            f"{len(missing) + len(spare)} cells are unpaired: {len(missing)} of the modelled "
+            f"modality are not in {where}, {len(spare)} are only there "
+            f"({name_some([*missing, *spare])}). Conditions are needed for every cell. Keep the "
+            "cells that are in both: muon.pp.intersect_obs(mdata)."
+        )
+    return here.get_indexer(names)
+
+
+def _differ(a: Any, b: Any) -> int:
+    """In how many rows two columns or arrays differ; missing values are equal."""
+    if not isinstance(a, pd.Series):
+        a, b = (np.asarray(x.toarray() if hasattr(x, "toarray") else x) for x in (a, b))
+        if a.shape != b.shape:
+            return len(a)
+        return int((a != b).reshape(len(a), -1).any(axis=1).sum())
+    a, b = (x.astype(object).where(x.notna(), "").to_numpy() for x in (a, b))
+    return int((a != b).sum())
+
+
+def _not_found(mdata: MuData, modality: str, key: str, store: str, role: str) -> str:
+    """What to say of a name that is nowhere."""
+    there = {
+        f"mdata.{store}": [str(at) for at in getattr(mdata, store) if at not in mdata.mod],
+        **{
+            f"mdata[{name!r}].{store}": [str(at) for at in getattr(mod, store)]
+            for name, mod in mdata.mod.items()
+        },
+    }
+    options = [*there[f"mdata.{store}"], *there[f"mdata[{modality!r}].{store}"]]
+    options += [f"{name}:{at}" for name in mdata.mod for at in there[f"mdata[{name!r}].{store}"]]
+    options += list(mdata.mod) if store == "obsm" else []
+    listed = "; ".join(f"{where} has {name_some(names, 20) or 'none'}" for where, names in
+                       there.items())  # fmt: skip
+    return (
+        f"{role}: {key!r} is neither in mdata.{store} nor in a modality's."
+        f"{closest(key, options)} {listed}. Another modality's is named 'modality:key'."
+    )
