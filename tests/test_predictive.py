@@ -9,14 +9,20 @@ import pytest
 import torch
 from scipy import stats
 
-from exprgen.likelihoods import ContaminatedNegativeBinomial, NegativeBinomial
+from exprgen.likelihoods import (
+    ContaminatedNegativeBinomial,
+    Gaussian,
+    MixtureOfGaussians,
+    NegativeBinomial,
+    Start,
+)
 from exprgen.models._statistics import (
     Moments,
     order_statistics,
     predictive_of_cell,
     predictive_of_mean,
 )
-from exprgen.spaces import Decoded, DonorEffect
+from exprgen.spaces import AdditiveDonorEffect, Decoded, DonorEffect
 
 N_VARS = 4
 CENTRE = np.array([-1.0, 0.5, 2.0, 3.0])
@@ -172,3 +178,91 @@ def test_running_moments_are_those_of_numpy():
     single = Moments()
     single.add(values[0])
     assert (single.variance() == 0).all()
+
+
+# Continuous values -----------------------------------------------------------------------
+
+
+def _continuous_module(n_donors, kind, lower):
+    """Genes with a bound near what donors and cells reach, and scales apart."""
+    likelihood, scale = kind(N_VARS), torch.tensor([0.5, 1.0, 2.0, 1.0])
+    centre = torch.tensor([0.3, 1.5, 4.0, 0.0])
+    zero = torch.zeros(N_VARS)
+    likelihood.initialize(Start(10, zero, zero, 10 * scale**2, zero + lower))
+    donors = None
+    if n_donors:
+        donors = AdditiveDonorEffect(n_donors, N_VARS).requires_grad_(False)
+        donors.posterior_mean.copy_(0.4 * torch.randn(n_donors, N_VARS, generator=_generator()))
+        donors.posterior_log_sd.fill_(np.log(0.2))
+        donors.scale.copy_(scale)
+    space = SimpleNamespace(likelihood=likelihood.requires_grad_(False), donors=donors)
+    noise = torch.randn(40_000, N_VARS, generator=_generator(1))
+    extra = None
+    if likelihood.n_heads > 1:
+        shape = (len(noise), likelihood.n_heads - 1, N_VARS)
+        extra = 0.5 * torch.randn(shape, generator=_generator(8))
+    return SimpleNamespace(space=space), Decoded(centre + 0.7 * scale * noise, extra)
+
+
+@pytest.mark.parametrize("kind", [Gaussian, MixtureOfGaussians])
+@pytest.mark.parametrize("donor", [None, -1, 2])
+def test_terms_of_continuous_values_are_those_of_simulation(kind, donor):
+    """The bound bends how donors and latent states add up; nested simulation does not mind."""
+    module, decoded = _continuous_module(0 if donor is None else 6, kind, 0.0)
+    law = predictive_of_cell(module, decoded, -1 if donor is None else donor, _generator(2))
+    slots = law.slots((0.05, 0.95), ["q05", "q95"])
+    np.testing.assert_allclose(law.draws.mean(0), law.mean, rtol=0.03)
+    np.testing.assert_allclose(law.draws.std(0), slots["std"], rtol=0.03)
+    assert law.draws.min() == 0
+    if donor is None:
+        return
+    space, few = module.space, Decoded(*(None if p is None else p[:500] for p in decoded))
+    effects = space.donors.draw(donor, 3000, _generator(3))
+    by_donor = torch.stack(
+        [
+            space.likelihood.mean(space.donors.move(few.location, u), few.extra).mean(0)
+            for u in effects
+        ]
+    )
+    small = predictive_of_cell(module, few, donor, _generator(2))
+    np.testing.assert_allclose(small.donor, by_donor.var(0), rtol=0.12)
+    np.testing.assert_allclose(small.mean, by_donor.mean(0), rtol=0.03)
+
+
+def test_without_a_bound_the_terms_are_the_closed_ones():
+    module, decoded = _continuous_module(6, Gaussian, -1e6)
+    for donor in (-1, 2):
+        law = predictive_of_cell(module, decoded, donor, _generator(2))
+        donors = module.space.donors
+        mean, variance = donors.law(donor)
+        np.testing.assert_allclose(
+            law.mean, decoded.location.double().mean(0) + donors.scale * mean, rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(law.latent, decoded.location.double().var(0), rtol=1e-4)
+        np.testing.assert_allclose(law.donor, donors.scale**2 * variance, rtol=1e-4)
+        np.testing.assert_allclose(law.decoder, donors.scale**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("donor", [-1, 2])
+def test_the_mean_of_continuous_cells_is_that_of_simulated_cells(donor):
+    """The interpolation between donors' effects included; a new donor's law has heavy tails."""
+    module, decoded = _continuous_module(6, MixtureOfGaussians, 0.0)
+    few = Decoded(decoded.location[:4000], decoded.extra[:4000])
+    law = predictive_of_mean(module, few, donor, _generator(3), 40)
+    space = module.space
+    effects = (
+        space.donors.draw_heavy(1500, _generator(4))
+        if donor < 0
+        else space.donors.draw(donor, 1500, _generator(4))
+    )
+    rng, means = _generator(5), []
+    for u in effects:
+        rows = torch.randint(len(decoded.location), (40,), generator=rng)
+        location = space.donors.move(decoded.location[rows], u)
+        means.append(space.likelihood.draw(location, rng, decoded.extra[rows]).mean(0))
+    means = torch.stack(means).numpy()
+    slots = law.slots((0.05, 0.95), ["q05", "q95"])
+    np.testing.assert_allclose(slots["mean"], means.mean(0), rtol=0.05)
+    inside = ((slots["q05"] <= means) & (means <= slots["q95"])).mean(0)
+    assert ((inside > 0.87) & (inside < 0.94)).all()
+    assert law.draws.min() >= 0
