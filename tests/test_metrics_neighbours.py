@@ -176,6 +176,7 @@ def test_membership_auc_is_that_of_mann_and_whitney(rng):
     """Under no memorisation, z is standard normal."""
     z = [metrics.memorisation(*(cells(rng, n) for n in (60, 90, 40)))[0].z for _ in range(300)]
     assert stats.kstest(z, "norm").pvalue > 0.001
+    assert np.std(z) == pytest.approx(1, abs=4 / np.sqrt(2 * len(z)))
 
 
 def test_memorisation_names_the_copied_group_first(rng):
