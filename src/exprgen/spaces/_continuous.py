@@ -28,6 +28,7 @@ __all__ = ["ContinuousLatentSpace"]
 
 # A gene seen in one cell of thousands would reach the encoder at tens of standard deviations.
 _LARGEST_INPUT = 10.0
+_BELOW = 4.0
 
 
 class ContinuousLatentSpace(Space):
@@ -75,12 +76,13 @@ class ContinuousLatentSpace(Space):
         """Start from the data: mean and spread of each gene, and the likelihood."""
         n_obs = len(moments.library)
         mean = moments.x / n_obs
-        variance = (moments.x_square / n_obs - mean.square()).clamp(min=0)
-        # A constant gene has no spread of its own to be measured in.
-        smallest = max(1e-3 * float(variance.mean().sqrt()), 1e-6)
+        sd = (moments.x_square / n_obs - mean.square()).clamp(min=0).sqrt()
+        # A constant gene has no spread to be measured in, and starts well below its only value.
+        constant = sd <= 1e-6 * mean.abs()
+        typical = sd[~constant].median() if not constant.all() else sd.new_ones(())
         self.centre.copy_(mean)
-        self.scale.copy_(variance.sqrt().clamp(min=smallest))
-        self.decoder.output.bias.zero_()
+        self.scale.copy_(torch.where(constant, typical, sd))
+        self.decoder.output.bias.copy_(-_BELOW * constant)
         if isinstance(self.donors, AdditiveDonorEffect):
             self.donors.scale.copy_(self.scale)
         self.likelihood.initialize(
