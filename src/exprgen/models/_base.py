@@ -22,7 +22,7 @@ class GenerativeModel(TrainMixin, GenerateMixin, PredictMixin, InferMixin, SaveM
     Parameters
     ----------
     adata
-        AnnData set up with :meth:`setup_anndata`.
+        AnnData set up with :meth:`setup_anndata`, or MuData with :meth:`setup_mudata`.
     registry
         The registry of a saved model, instead of data.
     seed

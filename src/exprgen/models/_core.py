@@ -1,38 +1,23 @@
-"""What all verbs share: setup, the state of a model, how cells are read and results written."""
+"""What all verbs share: the state of a model, how cells are read and results written."""
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
-from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
 from exprgen import _arguments, _slots, _validate
 from exprgen._conditions import ConditionSchema
-from exprgen._errors import GeneMismatchError, SetupError, closest
+from exprgen._errors import GeneMismatchError
 from exprgen._observed import ObservedConditions
 from exprgen._random import isolated, resolve_seed
 from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
-from exprgen.models._fields import (
-    CONDITIONS_KEY,
-    ConditionField,
-    encode_cells,
-    expression_field,
-)
-from exprgen.models._mudata import (
-    ModalityManager,
-    check_mudata,
-    home_of,
-    in_modality,
-    own_names,
-    read_modality,
-    target_of,
-)
+from exprgen.models._fields import CONDITIONS_KEY, encode_cells
+from exprgen.models._mudata import home_of, own_names, read_modality, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,16 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelCore"]
 
-_SCVI_WORDS = {
-    "labels_key": "categorical_condition_keys",
-    "categorical_covariate_keys": "batch_key (nuisance) or categorical_condition_keys (generated)",
-    "continuous_covariate_keys": "continuous_condition_keys",
-    "modalities": "modality, and 'modality:key' for what other modalities have",
-}
-
 
 class ModelCore(BaseModelClass):
-    """Setup and state of a model, how it reads cells and where it writes results."""
+    """State of a model, how it reads cells and where it writes results."""
 
     needs_counts: ClassVar[bool]
     """Whether the likelihood is one of counts."""
@@ -75,173 +53,6 @@ class ModelCore(BaseModelClass):
         self.conditions_: dict[str, Any] | None = None
         if adata is not None:
             self._observe()
-
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        layer: str | None = None,
-        batch_key: str | None = None,
-        donor_key: str | None = None,
-        categorical_condition_keys: list[str] | None = None,
-        continuous_condition_keys: list[str] | None = None,
-        condition_embedding_key: str | None = None,
-        size_factor_key: str | None = None,
-        allow_non_integer: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Say which parts of ``adata`` are modelled, and in which role.
-
-        Nothing of ``adata`` is changed except for scvi-tools' two ``_scvi_*`` identifiers in
-        ``uns``. All values are checked here, before anything is registered.
-
-        Parameters
-        ----------
-        adata
-            Cells × genes; not a view.
-        layer
-            Layer to model; ``None`` is ``adata.X``.
-        batch_key
-            Column of obs that is *nuisance*: it reaches the decoder and the depth, never the
-            latent representation.
-        donor_key
-            Column of obs whose labels are a sample of many: a random effect.
-        categorical_condition_keys, continuous_condition_keys
-            Columns of obs that cells are generated on.
-        condition_embedding_key
-            Key of obsm with one vector per cell to generate on.
-        size_factor_key
-            Column of obs that stands for the cells' depth, instead of their totals; models of
-            counts only.
-        allow_non_integer
-            Whether counts may have fractions (ambient-corrected ones do).
-        **kwargs
-            ``source_registry`` of a saved model, passed to
-            :meth:`scvi.data.AnnDataManager.register_fields`.
-
-        Raises
-        ------
-        TypeError, KeyError, SetupError, CovariateError
-            If an argument or the data cannot be used; the message says where and what to do.
-
-        Warns
-        -----
-        DataQualityWarning
-            If something looks unlike what was meant.
-        """
-        said = cls._get_setup_method_args(**locals())
-        cls._check_setup_words(kwargs, "setup_anndata")
-        cls._register(adata, adata, said, kwargs)
-
-    @classmethod
-    def setup_mudata(
-        cls,
-        mdata: MuData,
-        *,
-        modality: str,
-        layer: str | None = None,
-        batch_key: str | None = None,
-        donor_key: str | None = None,
-        categorical_condition_keys: list[str] | None = None,
-        continuous_condition_keys: list[str] | None = None,
-        condition_embedding_key: str | None = None,
-        size_factor_key: str | None = None,
-        allow_non_integer: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Say which modality of ``mdata`` is modelled, and what it is conditioned on.
-
-        One modality is modelled; the others can only condition. Cells are matched by name, and
-        those of a modality that conditions must be those of the modelled one. Verbs then take a
-        MuData where they take an AnnData: they read the modality and its conditions, count cells
-        in the modality's order, write to ``mdata.mod[modality]`` and return the MuData. Nothing of
-        ``mdata`` is changed except for scvi-tools' two ``_scvi_*`` identifiers in ``uns``.
-
-        A key is a name in ``mdata`` or in the modelled modality, or is written
-        ``"modality:key"``; the modelled modality's own prefix is not part of the condition's name.
-
-        Parameters
-        ----------
-        mdata
-            Cells in several modalities; not a view.
-        modality
-            Name of the modality to model.
-        layer
-            Layer of that modality; ``None`` is its ``X``.
-        batch_key, donor_key, categorical_condition_keys, continuous_condition_keys
-            Columns of obs, in the roles of :meth:`setup_anndata`.
-        condition_embedding_key
-            One vector per cell to generate on: a key of obsm, or the name of another modality,
-            all of whose ``X`` is taken as it is. A sparse one is made dense, up to 2,000 columns.
-        size_factor_key, allow_non_integer, **kwargs
-            As in :meth:`setup_anndata`.
-
-        Raises
-        ------
-        TypeError, KeyError, SetupError, CovariateError
-            If an argument or the data cannot be used; the message says where and what to do.
-
-        Warns
-        -----
-        DataQualityWarning
-            If something looks unlike what was meant.
-        """
-        said = cls._get_setup_method_args(**locals())
-        cls._check_setup_words(kwargs, "setup_mudata")
-        check_mudata(mdata)
-        adata = read_modality(mdata, said["setup_args"], at_setup=True)
-        with in_modality(modality):
-            cls._register(mdata, adata, said, kwargs)
-
-    @classmethod
-    def _register(
-        cls, data: AnnData | MuData, adata: AnnData, said: dict[str, Any], kwargs: dict[str, Any]
-    ) -> None:
-        """Check ``adata``, which is ``data`` or a modality of it, and register ``data``."""
-        roles = own_names(said["setup_args"])
-        layer, size_factor_key = roles["layer"], roles["size_factor_key"]
-        if size_factor_key is not None and not cls.needs_counts:
-            raise SetupError(
-                f"size_factor_key={size_factor_key!r} is for models of counts; {cls.__name__} "
-                "models values that are normalised for depth. Leave it out."
-            )
-        summary = _validate.check_setup_data(
-            adata,
-            layer,
-            needs_counts=cls.needs_counts,
-            allow_non_integer=roles["allow_non_integer"],
-        )
-        source = kwargs.get("source_registry")
-        if source is None:
-            schema = ConditionSchema.fit(
-                adata.obs,
-                categorical=roles["categorical_condition_keys"],
-                continuous=roles["continuous_condition_keys"],
-                batch=roles["batch_key"],
-                donor=roles["donor_key"],
-                embedding=_validate.embedding_of(adata, roles["condition_embedding_key"]),
-            )
-        else:
-            state = source["field_registries"][CONDITIONS_KEY]["state_registry"]
-            schema = ConditionSchema.from_dict(state["schema"])
-        library_of(adata, size_factor_key, summary.row_totals)
-        extra = {"data_kind": "counts" if cls.needs_counts else "continuous"}
-        manager = (AnnDataManager if data is adata else ModalityManager)(
-            fields=[expression_field(layer), ConditionField(schema, size_factor_key, extra)],
-            setup_method_args=said,
-        )
-        manager.register_fields(data, **kwargs)
-        cls.register_manager(manager)
-
-    @classmethod
-    def _check_setup_words(cls, kwargs: dict[str, Any], method: str) -> None:
-        """Refuse keywords that scvi-tools would swallow."""
-        for word in kwargs.keys() - {"source_registry"}:
-            if word in _SCVI_WORDS:
-                hint = f" In exprgen this is {_SCVI_WORDS[word]}."
-            else:
-                hint = closest(word, inspect.signature(getattr(cls, method)).parameters)
-            raise TypeError(f"{method}() got an unexpected argument {word!r}.{hint}")
 
     @property
     def _setup_state(self) -> dict[str, Any]:

@@ -6,16 +6,9 @@ wherever in the MuData they are, put to its cells *by name*. Nothing of the user
 copied but these columns, and they are read anew each time, so that an edit is noticed. Results go
 to the modality itself (:func:`home_of`).
 
-A name means:
-
-================ ================================================================================
-``"prot:x"``     ``x`` of the modality ``prot``; if it has none, what ``mdata`` has as ``"prot:x"``
-``"x"``          ``x`` of ``mdata`` or of the modelled modality; both, if they are equal
-``"prot"``       as an embedding: the modality's ``X``
-================ ================================================================================
-
-With the modelled modality's own prefix left out (``"rna:x"`` is ``x`` of ``rna``), these are the
-names of the conditions, so that its AnnData can be given alone where it has all of them.
+The conditions are called as setup called them (:mod:`exprgen.models._mudata_names`), but without
+the prefix of the modelled modality: ``"rna:x"`` is ``x`` of ``rna``. So its AnnData can be given
+alone where it has all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +18,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mudata
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
@@ -33,11 +25,11 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 
 from exprgen import _slots
-from exprgen._errors import DataQualityWarning, SetupError, closest, name_some
-from exprgen._matrix import as_reader
+from exprgen._errors import SetupError, closest, name_some
 from exprgen._random import isolated
-from exprgen._tables import column, key_list
+from exprgen._tables import key_list
 from exprgen._validate import align_genes, matrix_of
+from exprgen.models._mudata_names import find_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,9 +48,6 @@ __all__ = [
     "read_modality",
     "target_of",
 ]
-
-LARGEST_DENSE = 2000
-"""Most columns of a matrix that is made dense to condition on."""
 
 _COLUMNS = {
     "batch_key": False,
@@ -229,12 +218,12 @@ def read_modality(
     columns = {}
     for role, keys in _named(said, also):
         for key in keys:
-            values = _read(mdata, name, key, "obs", role, at_setup=at_setup)
+            values = find_by_name(mdata, name, key, "obs", role, at_setup=at_setup)
             if values is not None:
                 columns[own_name(key, said)] = values
     obsm = {}
     for key in key_list(said[_EMBEDDING], _EMBEDDING, many=False):
-        values = _read(mdata, name, key, "obsm", _EMBEDDING, at_setup=at_setup)
+        values = find_by_name(mdata, name, key, "obsm", _EMBEDDING, at_setup=at_setup)
         if values is not None:
             obsm[own_name(key, said)] = values
     if at_setup:
@@ -272,137 +261,3 @@ def _modality(mdata: MuData, name: object) -> AnnData:
             f"{name_some(mdata.mod, 20) or 'none'}.{closest(name, mdata.mod)}"
         )
     return mdata.mod[name]
-
-
-def _read(mdata: MuData, modality: str, key: str, store: str, role: str, *, at_setup: bool) -> Any:
-    """A column or array by its name, for the cells of the modelled modality; None if not there."""
-    mod = mdata.mod[modality]
-    if store == "obsm" and key in mdata.mod:
-        return _whole(mdata, modality, key)
-    owner = next((name for name in mdata.mod if key.startswith(f"{name}:")), None)
-    if owner is None:
-        places = [("mdata", mdata, key), (f"mdata[{modality!r}]", mod, key)]
-    else:
-        own = key.removeprefix(f"{owner}:")
-        places = [(f"mdata[{owner!r}]", mdata.mod[owner], own), ("mdata", mdata, key)]
-    found = [
-        (f"{words}.{store}[{at!r}]", _aligned(_get(place, store, at, role), place, mod, words))
-        for words, place, at in places
-        # A MuData's obsm holds a mask under each modality's name.
-        if at in getattr(place, store) and not (store == "obsm" and at in mdata.mod)
-    ]
-    if not found:
-        if at_setup:
-            raise KeyError(_not_found(mdata, modality, key, store, role))
-        return None
-    if len(found) == 2 and (n := _differ(found[0][1], found[1][1])):
-        where, other = found[0][0], found[1][0]
-        if owner is None:
-            raise SetupError(
-                f"{role}={key!r} has two meanings: {where} and {other} differ in {n} cells. Give "
-                f"'{modality}:{key}' for the latter, or rename the former."
-            )
-        if at_setup:
-            warnings.warn(
-                f"{role}={key!r} is read from {where}; {other} differs from it in {n} cells, "
-                f"and may be an old copy: del {other}, and mdata.pull_obs() makes it anew.",
-                DataQualityWarning,
-                stacklevel=4,
-            )
-    return found[0][1]
-
-
-def _whole(mdata: MuData, modality: str, name: str) -> np.ndarray:
-    """All of a modality's X as vectors to condition on."""
-    if name == modality:
-        raise SetupError(
-            f"{_EMBEDDING}={name!r} is the modality that is modelled; cells cannot be conditioned "
-            "on themselves. Name another modality."
-        )
-    other, where = mdata.mod[name], f"mdata[{name!r}]"
-    if other.X is None:
-        raise SetupError(f"{where}.X is None, and {_EMBEDDING}={name!r} conditions on it.")
-    return _aligned(other.X, other, mdata.mod[modality], where)
-
-
-def _get(place: AnnData | MuData, store: str, key: str, role: str) -> Any:
-    return column(place.obs, key, role) if store == "obs" else place.obsm[key]
-
-
-def _aligned(values: Any, place: AnnData | MuData, mod: AnnData, where: str) -> Any:
-    """Rows of a column or an array for the cells of ``mod``, found by name."""
-    rows = _rows(place, mod, where)
-    if isinstance(values, pd.Series):
-        return values.iloc[rows].set_axis(mod.obs_names)
-    if isinstance(values, pd.DataFrame):
-        values = values.to_numpy()
-    if isinstance(values, np.ndarray):
-        return values[rows]
-    if values.shape[1] > LARGEST_DENSE:
-        raise SetupError(
-            f"{where} has {values.shape[1]} columns to condition on, which would be made dense; "
-            f"at most {LARGEST_DENSE} are. Give fewer dimensions, e.g. principal components in "
-            f"{where}.obsm, as {_EMBEDDING}='modality:key'."
-        )
-    return as_reader(values).rows(rows)
-
-
-def _rows(place: AnnData | MuData, mod: AnnData, where: str) -> np.ndarray:
-    """Row of each cell of ``mod`` in another modality, or in all of them, ``(n_obs,)``.
-
-    Raises
-    ------
-    SetupError
-        If names are repeated, or cells are not in both.
-    """
-    names, here = mod.obs_names, place.obs_names
-    if names.equals(here):
-        return np.arange(len(names))
-    for index, owner in ((here, where), (names, "the modelled modality")):
-        if not index.is_unique:
-            repeated = index[index.duplicated()].unique()
-            raise SetupError(
-                f"{len(repeated)} names of cells are repeated in {owner}: {name_some(repeated)}. "
-                "Modalities are matched by name: make them unique, the same in each."
-            )
-    missing = names[~names.isin(here)]
-    spare = here[~here.isin(names)] if isinstance(place, AnnData) else missing[:0]
-    if len(missing) or len(spare):
-        raise SetupError(
-            f"{len(missing) + len(spare)} cells are unpaired: {len(missing)} of the modelled "
-            f"modality are not in {where}, {len(spare)} are only there "
-            f"({name_some([*missing, *spare])}). Conditions are needed for every cell. Keep the "
-            "cells that are in both: muon.pp.intersect_obs(mdata)."
-        )
-    return here.get_indexer(names)
-
-
-def _differ(a: Any, b: Any) -> int:
-    """In how many rows two columns or arrays differ; missing values are equal."""
-    if not isinstance(a, pd.Series):
-        a, b = (np.asarray(x.toarray() if hasattr(x, "toarray") else x) for x in (a, b))
-        if a.shape != b.shape:
-            return len(a)
-        return int((a != b).reshape(len(a), -1).any(axis=1).sum())
-    a, b = (x.astype(object).where(x.notna(), "").to_numpy() for x in (a, b))
-    return int((a != b).sum())
-
-
-def _not_found(mdata: MuData, modality: str, key: str, store: str, role: str) -> str:
-    """What to say of a name that is nowhere."""
-    there = {
-        f"mdata.{store}": [str(at) for at in getattr(mdata, store) if at not in mdata.mod],
-        **{
-            f"mdata[{name!r}].{store}": [str(at) for at in getattr(mod, store)]
-            for name, mod in mdata.mod.items()
-        },
-    }
-    options = [*there[f"mdata.{store}"], *there[f"mdata[{modality!r}].{store}"]]
-    options += [f"{name}:{at}" for name in mdata.mod for at in there[f"mdata[{name!r}].{store}"]]
-    options += list(mdata.mod) if store == "obsm" else []
-    listed = "; ".join(f"{where} has {name_some(names, 20) or 'none'}" for where, names in
-                       there.items())  # fmt: skip
-    return (
-        f"{role}: {key!r} is neither in mdata.{store} nor in a modality's."
-        f"{closest(key, options)} {listed}. Another modality's is named 'modality:key'."
-    )

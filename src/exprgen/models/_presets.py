@@ -19,6 +19,7 @@ from exprgen.models._build import Architecture, build_module
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from exprgen.likelihoods import Dispersion
     from exprgen.models._build import DensityName
@@ -61,7 +62,7 @@ class NBVAE(GenerativeModel):
     Parameters
     ----------
     adata
-        AnnData set up with :meth:`setup_anndata`.
+        AnnData set up with :meth:`setup_anndata`, or MuData with :meth:`setup_mudata`.
     registry
         The registry of a saved model, instead of data.
     seed
@@ -99,7 +100,7 @@ class NBVAE(GenerativeModel):
 
     def __init__(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         registry: dict[str, Any] | None = None,
         *,
         seed: int | None = None,
@@ -145,7 +146,7 @@ class ZINBVAE(GenerativeModel):
 
     def __init__(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         registry: dict[str, Any] | None = None,
         *,
         seed: int | None = None,
@@ -201,7 +202,7 @@ class CondVAE(GenerativeModel):
 
     def __init__(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         registry: dict[str, Any] | None = None,
         *,
         seed: int | None = None,

@@ -25,9 +25,9 @@ from scvi.model._utils import parse_device_args
 from exprgen import _arguments, _files, _validate
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import CheckpointError, ReproducibilityWarning, name_some
-from exprgen.models._core import ModelCore
 from exprgen.models._fields import CONDITIONS_KEY
 from exprgen.models._mudata import own_names, read_h5mu
+from exprgen.models._setup import SetupMixin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +39,7 @@ __all__ = ["SaveMixin"]
 ADATA_FILE, MDATA_FILE = "adata.h5ad", "mdata.h5mu"
 
 
-class SaveMixin(ModelCore):
+class SaveMixin(SetupMixin):
     """Model folders."""
 
     def save(
