@@ -544,6 +544,21 @@ def test_load_finds_genes_by_name(mdata, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # mudata's, of its own next version
+def test_cells_in_a_file(mdata, tmp_path):
+    model, _ = models()
+    mdata.write(tmp_path / "cells.h5mu")
+    backed = mudata.read_h5mu(tmp_path / "cells.h5mu", backed="r")
+    for a, b in zip(answers(model, mdata), answers(model, backed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = fit(backed, max_epochs=3, **SAID)
+    np.testing.assert_array_equal(*(answers(a_model, mdata)[1] for a_model in (model, again)))
+    assert model.denoise(backed, n_samples=2) is backed
+    for given, names in ((backed[:9], "a view"), (backed, "copy=True")):
+        with refused(ValueError, names, "mudata.read_h5mu(path)"):
+            model.denoise(given, n_samples=2, copy=given is backed)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # mudata's, of its own next version
 def test_data_are_saved_beside_the_model(mdata, tmp_path):
     model = fit(mdata, **SAID)
     model.save(tmp_path / "model", save_anndata=True, donor_labels=True)

@@ -144,9 +144,20 @@ def home_of(mdata: MuData, said: Mapping[str, Any]) -> AnnData:
 
 
 def target_of(data: AnnData | MuData, copy: bool) -> AnnData | MuData:
-    """What to write to: ``data``, or a copy if asked for or if it is a view."""
+    """What to write to: ``data``, or a copy if asked for or if it is a view.
+
+    Raises
+    ------
+    ValueError
+        If a MuData in a file would have to be copied, which only goes to another file.
+    """
     if not isinstance(data, MuData):
         return _slots.target(data, copy)
+    if data.isbacked and (copy or data.is_view):
+        raise ValueError(
+            f"mdata is read from a file, and {'copy=True' if copy else 'a view of it'} needs a "
+            "copy to write to. Read it into memory first: mudata.read_h5mu(path)."
+        )
     with quietly():
         return _slots.target(data, copy)
 
