@@ -15,43 +15,38 @@ cells look synthetic), and no cell enters twice (a duplicate gives its twin away
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exprgen import metrics
+from exprgen import metrics as measures
 from exprgen._errors import name_some
-from exprgen.tl._counts import gene_positions, read_counts
+from exprgen.tl._baselines import baseline_cells, check_baselines
+from exprgen.tl._halves import Cells, cut, draw, half_sizes, read, short_of
+from exprgen.tl._measures import Comparison, Measured, measure, measures_of
+from exprgen.tl._report import METRICS, RULE, assemble, check_metrics
+from exprgen.tl._store import check_target, store
 
 if TYPE_CHECKING:
     import pandas as pd
-    import scipy.sparse as sp
     from anndata import AnnData
+
+    from exprgen.tl._halves import Sizes
 
 __all__ = ["evaluate"]
 
-_BETTER = {
-    "RF-PC": "lower",
-    "RF-gene": "lower",
-    "LR-gene": "lower",
-    "QC": "lower",
-    "variance ratio": "near 1",
-    "gene correlation": "higher",
-    "zero fraction difference": "lower",
-    "mean correlation": "higher",
-}
-
-
-class _Cells(NamedTuple):
-    """Counts (CSR), their normalised values (CSR) and the group of every cell."""
-
-    counts: sp.csr_matrix
-    values: sp.csr_matrix
-    groups: np.ndarray
-
-    def take(self, rows: np.ndarray) -> _Cells:
-        return _Cells(self.counts[rows], self.values[rows], self.groups[rows])
+_N_CONTROLS = 10  # repeats of the control: its spread is the yardstick
+_N_CONTROLS_SLOW = 3
+_N_REPEATS_SLOW = 2  # of the slow measures, for baselines
+_MAX_TRAIN = 50_000  # training cells in which copies are looked for
+_CONTROL = ""
 
 
 def evaluate(
@@ -61,7 +56,14 @@ def evaluate(
     *,
     groupby: str | Sequence[str] | None = None,
     layer: str | None = "counts",
+    metrics: str | Sequence[str] | None = None,
+    baselines: bool | Sequence[str] = True,
     n_repeats: int = 5,
+    max_cells: int | None = 500,
+    max_cells_classifier: int | None = 250,
+    max_genes: int | None = 2000,
+    key_added: str | None = None,
+    n_jobs: int | None = None,
     seed: int = 0,
     progress_bar: bool = True,
 ) -> pd.DataFrame:
@@ -70,19 +72,43 @@ def evaluate(
     Parameters
     ----------
     train
-        The cells the model was trained on (used for the control of the variance ratio).
+        The cells the model was trained on: what baselines are made of and copies are looked for
+        in, and the control of variances and of slopes of fold changes.
     test
-        Held-out cells, never seen in training; at least two of some group.
+        Held-out cells, never seen in training. Groups of fewer than four are left out.
     synthetic
-        Cells generated for the conditions of ``test``, or a mapping of model names to such; at
-        least half as many per group as ``test`` has. Draw more for more independent repeats.
+        Cells generated for the conditions of ``test``, or a mapping of model names to such; of
+        every group at least half as many as ``test`` has (up to ``max_cells``). Draw more for
+        more independent repeats. A group of which a model has no cell at all is counted in the
+        row ``missing groups``; the model's other rows, and their controls, are then about the
+        other groups.
     groupby
-        Column(s) of ``.obs`` (all objects must have them) whose composition is matched; variances
-        and correlations are taken within them. None for no groups.
+        Column(s) of ``.obs`` (all objects must have them) whose composition is matched, so that
+        composition itself is not judged; variances and correlations are taken within them. None
+        for no groups.
     layer
         Where all objects keep their counts; None for ``.X``.
+    metrics
+        Rows wanted, by ``metric`` or ``family``; None for all. Forests take most of the time.
+    baselines
+        Whether to add rows for what a model must beat, or which: ``"independent NB"`` (per gene
+        and group), ``"NB + copula"`` (the same, with a Gaussian copula), ``"training cells"``
+        and ``"group mean"``.
     n_repeats
-        Random halves of the held-out cells.
+        Random halves of the held-out cells. (Controls have ten, those of forests three, or
+        ``n_repeats`` if that is more; baselines' forests have two.)
+    max_cells
+        Cells on each side; None for half of ``test``. Groups keep their proportions, and at least
+        two cells.
+    max_cells_classifier
+        Cells on each side for classifiers, a subset of the others; None for ``max_cells``.
+    max_genes
+        Genes that classifiers in gene space see, the most variable of ``test``; None for all.
+    key_added
+        Where to keep the report in ``test.uns``: ``uns[key_added]["report"]``, and how it came
+        about in ``["settings"]``. None to leave ``test`` alone.
+    n_jobs
+        Threads; None for as many as there are processors. The numbers do not depend on it.
     seed
         The same seed gives the same numbers.
     progress_bar
@@ -91,24 +117,55 @@ def evaluate(
     Returns
     -------
     pandas.DataFrame
-        One row per model and metric. ``value`` and ``control`` are means over repeats, ``spread``
-        and ``control_spread`` standard deviations over repeats (nan for one repeat; the repeats
-        share cells, so this is not a standard error), ``excess = value - control``, ``n`` the
-        cells on each side, ``better`` the direction. Metrics:
+        One row per model (or baseline, see ``kind``) and metric. ``value`` and ``control`` are
+        means over repeats, ``spread`` and ``control_spread`` standard deviations over repeats
+        (the repeats share cells, so this is not a standard error), ``excess = value - control``,
+        ``n`` the cells on each side, ``better`` the direction.
 
-        ``RF-PC``, ``RF-gene``, ``LR-gene``, ``QC``
-            AUC of a classifier that tells synthetic from held-out cells (.5:
-            indistinguishable): random forest on 50 principal components, random forest and
-            logistic regression on genes, random forest on five quality numbers per cell.
-        ``variance ratio``
-            Synthetic over held-out variance within groups, median gene, log1p of counts per
-            10,000; the control is training over held-out cells.
-        ``gene correlation``
-            Agreement of within-group gene-gene correlations, top 200 genes; grows with ``n``.
-        ``zero fraction difference``, ``mean correlation``
-            Guards: gene-wise models without any cell structure pass them.
+        ``deviation`` is the excess, positive if worse, in units of noise: of ``control_spread``,
+        or of the root mean square of both spreads if that is larger. ``verdict`` is ``"as real"``
+        if it is at most 3; ``"close"`` if it is more but the excess is within the metric's
+        tolerance; else ``"off"``, and ``flag`` is True (also for ``"undefined"``, a value that
+        does not exist for such cells; ``"no control"`` if real cells have none). ``note`` says
+        what else there is to say.
 
-        See :mod:`exprgen.metrics` for definitions.
+        ``.attrs`` has the settings, cells and genes in use, seconds per family (summed over
+        comparisons), and ``memorisation``: per model the groups, worst first, with
+        nearest-neighbour ratio, membership AUC, its z, and the number of held-out cells.
+
+        ========================  ===============================================================
+        family                    metrics
+        ========================  ===============================================================
+        composition               ``missing groups``: share of the held-out cells
+        classifier                AUC for telling synthetic from held-out cells: ``RF-PC`` random
+                                  forest on 50 principal components, ``RF-gene`` and ``LR-gene``
+                                  forest and logistic regression on genes, ``QC`` forest on
+                                  quality numbers per cell
+        distance                  of principal components: ``MMD`` (biased, so that its ratio to
+                                  the control makes sense; permutation p in ``note``), ``energy
+                                  distance``, ``sliced Wasserstein``, ``Wasserstein``
+        neighbours                ``precision``, ``recall``, ``density``, ``coverage``, ``local
+                                  mixing``, of principal components
+        variation                 synthetic over held-out within groups: ``variance ratio`` of
+                                  the median gene, ``log-total variance``
+        genes                     ``gene correlation`` within groups and ``... overall``, top 200
+                                  genes; guards that cells without structure pass: ``mean
+                                  correlation``, ``mean agreement``, ``sd agreement``, ``zero
+                                  agreement``, ``zero fraction difference``
+        fold changes              each group against the rest: ``fold-change slope`` (free of
+                                  noise), ``fold-change rank correlation``, ``DE overlap``
+        calibration               synthetic cells as predictions for held-out cells of the group,
+                                  log1p counts of the top 200 genes: ``interval coverage`` (90 %,
+                                  by randomised PIT), ``intervals within 3 points`` (share of
+                                  genes and groups), ``PIT distance`` to uniform, ``CRPS``,
+                                  ``interval score``, ``interval width``
+        memorisation              copies of training cells: ``nearest-neighbour ratio``,
+                                  ``membership AUC``, ``membership z of worst group``
+        downstream                ``train-on-synthetic F1`` of classifying groups
+        ========================  ===============================================================
+
+        See :mod:`exprgen.metrics` for definitions. Values are log1p of counts per 10,000 unless
+        said.
 
     Raises
     ------
@@ -117,147 +174,349 @@ def evaluate(
     KeyError
         A column of ``groupby`` or the layer is missing.
     ValueError
-        No counts, too few held-out cells, or too few synthetic cells of a group.
+        No counts, too few held-out cells, too few (but some) synthetic cells of a group, a name
+        that ``metrics`` or ``baselines`` does not know, or a ``key_added`` that is taken.
     """
-    import pandas as pd
-    from tqdm import tqdm
+    from threadpoolctl import threadpool_limits
 
-    if n_repeats < 1:
-        raise ValueError(f"n_repeats must be at least 1, got {n_repeats}.")
-    named = _named(synthetic)
-    held_out = _read(test, test, groupby, layer, name="test")
-    trained = _read(train, test, groupby, layer, name="train")
-    models = {
-        name: _read(adata, test, groupby, layer, name=f"synthetic {name!r}")
+    start = perf_counter()
+    _check_numbers(
+        n_repeats=n_repeats,
+        max_cells=max_cells,
+        max_cells_classifier=max_cells_classifier,
+        max_genes=max_genes,
+        n_jobs=n_jobs,
+    )
+    wanted = check_metrics(metrics)
+    made = check_baselines(baselines)
+    check_target(test, key_added)
+    named = _named(synthetic, made)
+    held_out = read(test, test, groupby, layer, name="test")
+    trained = read(train, test, groupby, layer, name="train")
+    candidates = {
+        name: read(adata, test, groupby, layer, name=f"synthetic {name!r}")
         for name, adata in named.items()
     }
-    half = _half_sizes(held_out.groups)
-    for name, cells in models.items():
-        _check_enough(cells.groups, half, name)
+    half = cut(half_sizes(held_out), max_cells)
+    missing = {name: short_of(cells, half, name) for name, cells in candidates.items()}
+    notes: dict[tuple[str, str], str] = {}
+    double = {group: 2 * n for group, n in half.items()}
+    if made and not set(half) & set(trained.sizes):
+        raise ValueError(
+            "train has none of the groups of test, so no baseline can be made of it; pass "
+            "baselines=False."
+        )
+    for name in made:
+        candidates[name], remark = baseline_cells(name, trained, double, seed=seed)
+        missing[name] = [group for group in half if group not in trained.sizes]
+        notes |= {(name, metric): remark for metric in METRICS if remark}
+    for name, groups in missing.items():
+        share = sum(half[group] for group in groups) / sum(half.values())
+        if groups:
+            notes[name, "missing groups"] = f"{share:.1%} of held-out cells: {name_some(groups)}"
 
-    rows = []
-    with tqdm(
-        total=n_repeats * (1 + len(models)), desc="Evaluating", disable=not progress_bar
-    ) as bar:
-        for repeat in range(n_repeats):
-            rng = np.random.default_rng([seed, repeat])
-            draw = _draw(rng, held_out.groups, {group: 2 * n for group, n in half.items()})
-            a, b = (held_out.take(np.concatenate([d[k::2] for d in draw])) for k in (0, 1))
-            t = trained.take(np.concatenate(_draw(rng, trained.groups, half)))
-            control = _compare(a, b, seed=seed + repeat) | {"variance ratio": _variance(t, b)}
-            bar.update()
-            for name, cells in models.items():
-                s = cells.take(np.concatenate(_draw(rng, cells.groups, half)))
-                for metric, value in _compare(s, b, seed=seed + repeat).items():
-                    rows.append((name, metric, value, control[metric]))
-                bar.update()
+    plan = _Plan(
+        held_out=held_out,
+        trained=trained,
+        copied=_subset(trained, _MAX_TRAIN, seed),
+        half=half,
+        max_few=max_cells_classifier,
+        genes=_variable_genes(held_out, max_genes),
+        wanted=wanted,
+        seed=seed,
+    )
+    tasks = _tasks(list(candidates), made, missing, n_repeats)
+    with _threads(n_jobs) as pool, threadpool_limits(1), warnings.catch_warnings():
+        results = _run(pool, plan, tasks, candidates, progress_bar)
 
-    table = pd.DataFrame(rows, columns=["model", "metric", "value", "control"])
-    grouped = table.groupby(["model", "metric"], sort=False)
-    report = grouped.mean().join(grouped.std(ddof=1).add_suffix("_spread")).reset_index()
-    report = report.rename(columns={"value_spread": "spread"})
-    report["excess"] = report["value"] - report["control"]
-    report["n"] = sum(half.values())
-    report["better"] = report["metric"].map(_BETTER)
-    return report[
-        [
-            "model",
-            "metric",
-            "value",
-            "spread",
-            "control",
-            "control_spread",
-            "excess",
-            "n",
-            "better",
-        ]
-    ]
-
-
-def _compare(a: _Cells, b: _Cells, *, seed: int) -> dict[str, float]:
-    """Every metric of cells ``a`` against real cells ``b`` of the same number and composition."""
-    values_a, values_b = a.values.toarray(), b.values.toarray()
-    groups: dict[str, Any] = {"groups_synthetic": a.groups, "groups_real": b.groups}
-    pcs = metrics.pooled_pcs(values_a, values_b, seed=seed)
-    quality = metrics.quality_features(a.counts), metrics.quality_features(b.counts)
-    return {
-        "RF-PC": metrics.c2st_auc(*pcs, seed=seed),
-        "RF-gene": metrics.c2st_auc(values_a, values_b, seed=seed),
-        "LR-gene": metrics.c2st_auc(values_a, values_b, classifier="logistic", seed=seed),
-        "QC": metrics.c2st_auc(*quality, seed=seed),
-        "variance ratio": metrics.variance_ratio(values_a, values_b, **groups),
-        "gene correlation": metrics.gene_correlation_agreement(values_a, values_b, **groups),
-        "zero fraction difference": metrics.zero_fraction_difference(a.counts, b.counts),
-        "mean correlation": metrics.mean_correlation(values_a, values_b, **groups),
+    kinds = {name: "baseline" if name in made else "model" for name in candidates}
+    values, controls = _collect(results, plan, missing, kinds)
+    notes |= _remarks(results, missing)
+    report = assemble(values, controls, wanted=wanted, kinds=kinds, notes=notes)
+    report.attrs = {
+        "rule": RULE,
+        "seed": seed,
+        "n_repeats": n_repeats,
+        "n_cells": sum(half.values()),
+        "n_cells_classifier": sum(cut(half, max_cells_classifier).values()),
+        "n_test": len(held_out),
+        "n_train": len(trained),
+        "n_genes": int(held_out.counts.shape[1]),
+        "n_genes_classifier": len(plan.genes),
+        "groups": list(half),
+        "groups_left_out": sorted(set(held_out.sizes) - set(half)),
+        "memorisation": _worst_first(results),
+        "seconds": _seconds(results),
+        "wall_seconds": perf_counter() - start,
     }
+    if key_added is not None:
+        store(test, key_added, report)
+    return report
 
 
-def _variance(train: _Cells, b: _Cells) -> float:
-    """Training over held-out variance; nan where training has no group in common."""
-    if not np.isin(train.groups, b.groups).any():
-        return float("nan")
-    groups: dict[str, Any] = {"groups_synthetic": train.groups, "groups_real": b.groups}
-    return metrics.variance_ratio(train.values, b.values, **groups)
+@dataclass(frozen=True)
+class _Task:
+    """One repeat of one candidate, or (``model`` empty) of the control, on some groups."""
+
+    model: str
+    repeat: int
+    without: tuple[str, ...]
+    slow: bool
+    fast: bool = True
 
 
-def _named(synthetic: AnnData | Mapping[str, AnnData]) -> dict[str, AnnData]:
+@dataclass
+class _Plan:
+    """What all comparisons share."""
+
+    held_out: Cells
+    trained: Cells
+    copied: Cells
+    half: Sizes
+    max_few: int | None
+    genes: np.ndarray
+    wanted: list[str] | None
+    seed: int
+
+    def sizes(self, without: tuple[str, ...]) -> Sizes:
+        return {group: n for group, n in self.half.items() if group not in without}
+
+    def run(self, task: _Task, cells: Cells | None, bandwidth: float | None) -> Measured:
+        """One repeat: the same halves for every candidate, and the same draws whoever else runs."""
+        sizes = self.sizes(task.without)
+        rng = [np.random.default_rng([self.seed, task.repeat, side]) for side in range(3)]
+        both = draw(rng[0], self.held_out, {group: 2 * n for group, n in self.half.items()})
+        a, b = (
+            self.held_out[np.concatenate([both[group][k::2] for group in sizes])] for k in (0, 1)
+        )
+        comparison = Comparison(
+            candidate=a if cells is None else self._drawn(rng[1], cells, sizes),
+            b=b,
+            a=a,
+            train=self.copied,
+            few=self._few(b.groups, sizes),
+            genes=self.genes,
+            bandwidth=bandwidth,
+            seed=self.seed + task.repeat,
+        )
+        chosen = [
+            entry
+            for entry in measures_of(self.wanted, n_groups=len(sizes))
+            if (task.slow if entry.slow else task.fast)
+        ]
+        if cells is not None:
+            return measure(comparison, chosen)
+        if bandwidth is None and any(entry.family == "distance" for entry in chosen):
+            comparison.bandwidth = measures.median_distance(*comparison.pcs) or 1.0
+            comparison.details["bandwidth"] = comparison.bandwidth
+        done = measure(comparison, [entry for entry in chosen if not entry.against_train])
+        against_train = [entry for entry in chosen if entry.against_train]
+        if not against_train:
+            return done
+        third = replace(
+            comparison, candidate=self._drawn(rng[2], self.trained, sizes), details={}
+        )
+        known = set(third.candidate.sizes)
+        if not any(min(third.candidate.sizes[group], sizes[group]) > 1 for group in known):
+            names = [name for entry in against_train for name in entry.names]
+            return done._replace(values=done.values | dict.fromkeys(names, float("nan")))
+        extra = measure(third, against_train)
+        seconds = {
+            family: done.seconds.get(family, 0) + extra.seconds.get(family, 0)
+            for family in {**done.seconds, **extra.seconds}
+        }
+        return done._replace(values=done.values | extra.values, seconds=seconds)
+
+    @staticmethod
+    def _drawn(rng: np.random.Generator, cells: Cells, sizes: Sizes) -> Cells:
+        return cells[np.concatenate(list(draw(rng, cells, sizes).values()))]
+
+    def _few(self, groups: np.ndarray, sizes: Sizes) -> np.ndarray:
+        """The first cells of every group: random ones, as the order is."""
+        few = cut(sizes, self.max_few)
+        return np.concatenate([np.flatnonzero(groups == group)[:n] for group, n in few.items()])
+
+
+def _tasks(
+    candidates: list[str], made: list[str], missing: dict[str, list[str]], n_repeats: int
+) -> list[_Task]:
+    """Controls first, one set for every composition of groups that some candidate has."""
+    n_slow = max(n_repeats, _N_CONTROLS_SLOW)
+    tasks = []
+    for without in dict.fromkeys(tuple(missing[name]) for name in candidates):
+        tasks += [
+            _Task(_CONTROL, repeat, without, slow=repeat < n_slow)
+            for repeat in range(max(n_repeats, _N_CONTROLS))
+        ]
+    for name in candidates:
+        n_slow = min(n_repeats, _N_REPEATS_SLOW) if name in made else n_repeats
+        tasks += [
+            _Task(name, repeat, tuple(missing[name]), slow=repeat < n_slow)
+            for repeat in range(n_repeats)
+        ]
+    return tasks
+
+
+def _run(
+    pool: ThreadPoolExecutor,
+    plan: _Plan,
+    tasks: list[_Task],
+    candidates: Mapping[str, Cells],
+    progress_bar: bool,
+) -> dict[_Task, Measured]:
+    """All comparisons; those of models wait for their control, which gives the bandwidth."""
+    from tqdm.auto import tqdm
+
+    results: dict[_Task, Measured] = {}
+    with tqdm(total=len(tasks), desc="Evaluating", disable=not progress_bar) as bar:
+        for is_control in (True, False):
+            futures: dict[Future[Measured], _Task] = {}
+            for task in tasks:
+                if (task.model == _CONTROL) != is_control:
+                    continue
+                bandwidth = None
+                if not is_control:
+                    control = replace(task, model=_CONTROL, slow=False)
+                    found = results.get(control) or results[replace(control, slow=True)]
+                    bandwidth = found.details.get("bandwidth")
+                cells = None if is_control else candidates[task.model]
+                futures[pool.submit(plan.run, task, cells, bandwidth)] = task
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.update()
+    return {task: results[task] for task in tasks}
+
+
+def _collect(
+    results: Mapping[_Task, Measured],
+    plan: _Plan,
+    missing: Mapping[str, list[str]],
+    kinds: Mapping[str, str],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Values of all models, and for each model those of its control."""
+    import pandas as pd
+
+    classifier_rows = {
+        name for entry in measures_of(None, n_groups=2) if entry.few for name in entry.names
+    }
+    total = sum(plan.half.values())
+    values: list[tuple[str, str, float, int]] = []
+    controls: list[tuple[str, str, float, int]] = []
+    for model in kinds:
+        without = tuple(missing[model])
+        sizes = plan.sizes(without)
+        n, n_few = (sum(cut(sizes, limit).values()) for limit in (None, plan.max_few))
+        share = 1 - sum(sizes.values()) / total
+        values += [(model, "missing groups", share, total)] * 2
+        controls += [(model, "missing groups", 0.0, total)] * 2
+        for task, found in results.items():
+            if task.without != without or task.model not in (model, _CONTROL):
+                continue
+            rows = values if task.model == model else controls
+            rows += [
+                (model, name, value, n_few if name in classifier_rows else n)
+                for name, value in found.values.items()
+            ]
+    columns = ["model", "metric", "value", "n"]
+    return pd.DataFrame(values, columns=columns), pd.DataFrame(controls, columns=columns)
+
+
+def _remarks(
+    results: Mapping[_Task, Measured], missing: Mapping[str, list[str]]
+) -> dict[tuple[str, str], str]:
+    """What rows say besides their numbers."""
+    notes: dict[tuple[str, str], str] = {}
+    p_values: dict[str, list[float]] = {}
+    for task, found in results.items():
+        if task.model == _CONTROL:
+            continue
+        notes |= {(task.model, name): reason for name, reason in found.missing.items()}
+        if "p" in found.details:
+            p_values.setdefault(task.model, []).append(found.details["p"])
+    for model, p in p_values.items():
+        notes[model, "MMD"] = f"permutation p = {np.median(p):.3g} (median over repeats)"
+    for model, groups in _worst_first(results).items():
+        worst = groups[0]
+        notes[model, "membership z of worst group"] = (
+            f"often worst: {worst['group']} (AUC {worst['auc']:.2f}, n = {worst['n']})"
+        )
+    return notes
+
+
+def _worst_first(results: Mapping[_Task, Measured]) -> dict[str, list[dict[str, Any]]]:
+    """Memorisation per model and group, means over repeats, by falling z."""
+    found: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
+    for task, result in results.items():
+        if task.model != _CONTROL:
+            for group, *numbers in result.details.get("memorisation", ()):
+                found.setdefault(task.model, {}).setdefault(str(group), []).append(tuple(numbers))
+    tables = {}
+    for model, groups in found.items():
+        means = {group: np.mean(numbers, axis=0) for group, numbers in groups.items()}
+        tables[model] = [
+            {"group": group, "ratio": float(m[0]), "auc": float(m[1]), "z": float(m[2]), "n": int(m[3])}
+            for group, m in sorted(means.items(), key=lambda item: -item[1][2])
+        ]
+    return tables
+
+
+def _seconds(results: Mapping[_Task, Measured]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for found in results.values():
+        for family, spent in found.seconds.items():
+            seconds[family] = seconds.get(family, 0.0) + spent
+    return seconds
+
+
+def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> dict[str, AnnData]:
     if isinstance(synthetic, Mapping):
         if not synthetic:
             raise ValueError("synthetic is an empty mapping; give at least one model's cells.")
-        return {str(name): adata for name, adata in synthetic.items()}
-    provenance = synthetic.uns.get("exprgen", {})
-    return {str(provenance.get("model", "synthetic")): synthetic}
-
-
-def _read(
-    adata: AnnData,
-    reference: AnnData,
-    groupby: str | Sequence[str] | None,
-    layer: str | None,
-    *,
-    name: str,
-) -> _Cells:
-    """Counts in the gene order of ``reference``, normalised values, one group label per cell."""
-    genes = gene_positions(adata.var_names, reference.var_names, name=name, exact=True)
-    counts = read_counts(adata, layer, name=name)[:, genes]
-    keys = [groupby] if isinstance(groupby, str) else list(groupby or ())
-    missing = [key for key in keys if key not in adata.obs]
-    if missing:
-        raise KeyError(
-            f"{name}.obs has no column {name_some(missing)}; its columns are "
-            f"{list(adata.obs.columns)}."
-        )
-    labels = [adata.obs[key].astype(str) for key in keys]
-    groups = np.array([" | ".join(cell) for cell in zip(*labels, strict=True)], dtype=object)
-    if not keys:
-        groups = np.full(adata.n_obs, "all cells", dtype=object)
-    return _Cells(counts, metrics.log_cp10k(counts), groups)
-
-
-def _half_sizes(groups: np.ndarray) -> dict[str, int]:
-    """Cells per group in half of the held-out cells; single cells are left out."""
-    names, sizes = np.unique(groups.astype(str), return_counts=True)
-    half = {str(g): int(n) // 2 for g, n in zip(names, sizes, strict=True) if n >= 2}
-    if sum(half.values()) < 10:
+        named = {str(name): adata for name, adata in synthetic.items()}
+    else:
+        provenance = synthetic.uns.get("exprgen", {})
+        named = {str(provenance.get("model", "synthetic")): synthetic}
+    taken = [name for name in named if name in baselines or not name]
+    if taken:
         raise ValueError(
-            f"test has too few cells to compare: its halves hold {sum(half.values())} cells "
-            "(10 needed). Hold out more cells, or group them more coarsely."
+            f"synthetic has a model named {taken[0]!r}, which is empty or a baseline's name; name "
+            "it otherwise, or leave that baseline out of baselines=."
         )
-    return half
+    return named
 
 
-def _check_enough(groups: np.ndarray, needed: dict[str, int], name: str) -> None:
-    short = {g: n for g, n in needed.items() if int((groups == g).sum()) < n}
-    if short:
-        listed = name_some([f"{g}: {n}" for g, n in short.items()])
-        raise ValueError(
-            f"synthetic {name!r} has too few cells in {len(short)} groups; needed are at least "
-            f"{listed}. Sample at least half as many cells per group as test has."
-        )
+def _variable_genes(cells: Cells, max_genes: int | None) -> np.ndarray:
+    """Genes by falling variance in held-out cells, the first ``max_genes``."""
+    values = cells.values
+    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
+    square = np.asarray(values.multiply(values).mean(axis=0), dtype=np.float64).ravel()
+    return np.argsort(-(square - mean**2), kind="stable")[:max_genes]
 
 
-def _draw(rng: np.random.Generator, groups: np.ndarray, sizes: dict[str, int]) -> list[np.ndarray]:
-    """Random rows of every group, without replacement: ``sizes`` of them, or all there are."""
-    return [
-        rng.permutation(np.flatnonzero(groups == group))[:size] for group, size in sizes.items()
-    ]
+def _subset(cells: Cells, max_cells: int, seed: int) -> Cells:
+    if len(cells) <= max_cells:
+        return cells
+    return cells[np.sort(np.random.default_rng(seed).permutation(len(cells))[:max_cells])]
+
+
+@contextmanager
+def _threads(n_jobs: int | None) -> Iterator[ThreadPoolExecutor]:
+    """A pool that, should something fail, does not go on with what has not begun."""
+    if n_jobs is None:
+        n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    pool = ThreadPoolExecutor(n_jobs or os.cpu_count() or 1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_numbers(**given: int | None) -> None:
+    """Counts: whole, and large enough to compare anything."""
+    lowest = {"max_cells": 10, "max_cells_classifier": 10}
+    for name, value in given.items():
+        if value is None and name != "n_repeats":
+            continue
+        least = lowest.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
