@@ -4,11 +4,12 @@ r"""A normalizing flow whose splines depend on the conditions.
     p(y|c) = p(y_d \mid c)\; p(y_{1 \dots d-1} \mid y_d, c), \qquad
     y = \mu(c) + \sigma(c) \odot u,
 
-with each factor of u's law the image of a standard Gaussian under autoregressive
-rational-quadratic splines :cite:p:`durkan2019`, which have a closed inverse. The last coordinate
-comes first: its marginal and the law of the rest given it can be read off, as fixing the depth
-needs. Splines act on [-5, 5] and leave what lies outside as it is; conditions therefore move and
-scale y beforehand.
+with each factor of u's law the image of a standard Gaussian under rational-quadratic splines
+:cite:p:`durkan2019`, which have a closed inverse. Each transformation couples two halves of the
+coordinates; autoregressive ones fitted no better and took 2.5 times as long to sample. The last
+coordinate comes first: its marginal and the law of the rest given it can be read off, as fixing
+the depth needs. Splines act on [-5, 5] and leave what lies outside as it is; conditions therefore
+move and scale y beforehand.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class NormalizingFlow(ConditionalDensity):
         n_dims: int,
         n_features: int,
         *,
-        n_transforms: int = 3,
+        n_transforms: int = 4,
         n_bins: int = 8,
         n_hidden: int = 64,
     ) -> None:
@@ -59,7 +60,12 @@ class NormalizingFlow(ConditionalDensity):
         self.rest: nn.Module | None = None
         if n_dims > 1:
             self.rest = NSF(
-                n_dims - 1, n_features + 1, bins=n_bins, transforms=n_transforms, **hidden
+                n_dims - 1,
+                n_features + 1,
+                bins=n_bins,
+                transforms=n_transforms,
+                passes=2,
+                **hidden,
             )
 
     def log_prob(self, y: Tensor, features: Tensor) -> Tensor:
