@@ -1,13 +1,14 @@
 """Pictures of real beside synthetic cells, and of predictions beside what was observed.
 
-The functions only read what is in the AnnData they are given. All take ``axes=``, ``show=`` and
-``return_fig=`` and return the axes.
+The functions only read what is in the AnnData (or report) they are given. All take ``axes=`` (a
+single panel: ``ax=``), ``show=`` and ``return_fig=`` and return the axes.
 """
 
 from __future__ import annotations
 
 from exprgen.pl._embedding import embedding
+from exprgen.pl._evaluation import evaluation
 from exprgen.pl._moments import moments
 from exprgen.pl._uncertainty import uncertainty
 
-__all__ = ["embedding", "moments", "uncertainty"]
+__all__ = ["embedding", "evaluation", "moments", "uncertainty"]
