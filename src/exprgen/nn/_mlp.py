@@ -78,8 +78,9 @@ class Decoder(nn.Module):
     n_hidden, n_layers, dropout
         Shape of the hidden layers.
     n_heads
-        Numbers per gene. All but the first start at 0, so that a model starts where that with one
-        head does.
+        Numbers per gene. All but the first are linear in z, conditions and batch, which is cheaper
+        than a second output layer and generalises better, and start at 0, so that a model starts
+        where that with one head does.
     """
 
     def __init__(
@@ -100,13 +101,13 @@ class Decoder(nn.Module):
             self.output.weight[:, n_hidden:] = 0
         self.extra: nn.Sequential | None = None
         if n_heads > 1:
-            linear = nn.Linear(n_hidden + n_inputs, (n_heads - 1) * n_vars)
+            linear = nn.Linear(n_latent + n_inputs, (n_heads - 1) * n_vars)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
             self.extra = nn.Sequential(linear, nn.Unflatten(1, (n_heads - 1, n_vars)))
 
     def forward(self, z: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the first head, ``(n_obs, n_vars)``, and ``(n_obs, n_heads - 1, n_vars)``."""
-        h = self.hidden(torch.cat([z, inputs], dim=1))
-        h = torch.cat([h, inputs], dim=1)
-        return self.output(h), None if self.extra is None else self.extra(h)
+        state = torch.cat([z, inputs], dim=1)
+        h = torch.cat([self.hidden(state), inputs], dim=1)
+        return self.output(h), None if self.extra is None else self.extra(state)
