@@ -97,8 +97,8 @@ def evaluation(
         _cell(panel, columns[entry.model], rows[entry.metric], text, shade, bold=entry.flag)
     _finish_axes(panel, table, rows, columns, names, width)
     _legend(panel, n_cols=5 if size[0] > 8 else 2)
-    done = finish(figure, panels, show=show, return_fig=return_fig)
-    return done if return_fig else panel
+    finish(figure, panels, show=show, return_fig=return_fig)
+    return figure if return_fig else panel
 
 
 def _table(report: pd.DataFrame | AnnData, key: str) -> pd.DataFrame:
@@ -137,7 +137,9 @@ def _chosen(
     order = list(kinds) if models is None else list(models)
     order.sort(key=lambda name: kinds[name] == "baseline")  # stable: baselines to the right
     table = table[table["model"].isin(order)]
-    gap = {name: 0.3 * (kinds[name] == "baseline" and kinds[order[0]] != "baseline") for name in order}
+    gap = {
+        name: 0.3 * (kinds[name] == "baseline" and kinds[order[0]] != "baseline") for name in order
+    }
     columns = {name: 1.15 + i + gap[name] for i, name in enumerate(order)}
     return table, columns, kinds
 
@@ -163,9 +165,7 @@ def _shade(entry: Any) -> _Shade:
     return {"as real": _AS_REAL, "close": _CLOSE}.get(entry.verdict, _NONE)
 
 
-def _cell(
-    ax: Axes, x: float, y: float, text: str, shade: _Shade, *, bold: bool = False
-) -> None:
+def _cell(ax: Axes, x: float, y: float, text: str, shade: _Shade, *, bold: bool = False) -> None:
     from matplotlib.patches import Rectangle
 
     ax.add_patch(Rectangle((x + 0.02, y + 0.05), 0.96, 0.9, facecolor=shade.face, linewidth=0))

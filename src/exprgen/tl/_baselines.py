@@ -73,9 +73,9 @@ def baseline_cells(name: str, train: Cells, sizes: Sizes, *, seed: int) -> tuple
         if not rows.size:
             continue
         if name == "training cells":
-            drawn = np.concatenate(
-                [rng.permutation(rows) for _ in range(-(-size // rows.size))]
-            )[:size]
+            drawn = np.concatenate([rng.permutation(rows) for _ in range(-(-size // rows.size))])[
+                :size
+            ]
             n_twice += size - min(size, rows.size)
             counts.append(train.counts[drawn])
         elif name == "group mean":
@@ -103,14 +103,14 @@ def independent_nb(
     return sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
 
 
-def nb_copula(
-    counts: sparse.csr_matrix, size: int, rng: np.random.Generator
-) -> sparse.csr_matrix:
+def nb_copula(counts: sparse.csr_matrix, size: int, rng: np.random.Generator) -> sparse.csr_matrix:
     """``(size, n_vars)`` counts with NB marginals and the rank correlations of ``counts``."""
     if counts.shape[0] < _COPULA_MIN:
         return independent_nb(counts, size, rng)
     mean, theta = _moments(counts)
-    scores = _normal_scores(counts[rng.permutation(counts.shape[0])[:_COPULA_MAX]], mean, theta, rng)
+    scores = _normal_scores(
+        counts[rng.permutation(counts.shape[0])[:_COPULA_MAX]], mean, theta, rng
+    )
     scores -= scores.mean(axis=0)
     scores /= np.maximum(scores.std(axis=0), 1e-12)
     n = len(scores)

@@ -15,38 +15,27 @@ cells look synthetic), and no cell enters twice (a duplicate gives its twin away
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exprgen import metrics as measures
 from exprgen._errors import name_some
 from exprgen.tl._baselines import baseline_cells, check_baselines
-from exprgen.tl._halves import Cells, cut, draw, half_sizes, read, short_of
-from exprgen.tl._measures import Comparison, Measured, measure, measures_of
+from exprgen.tl._gather import collect, remarks, seconds, worst_first
+from exprgen.tl._halves import cut, half_sizes, read, short_of
+from exprgen.tl._repeats import Plan, run, schedule
 from exprgen.tl._report import METRICS, RULE, assemble, check_metrics
 from exprgen.tl._store import check_target, store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from anndata import AnnData
 
-    from exprgen.tl._halves import Sizes
-
 __all__ = ["evaluate"]
-
-_N_CONTROLS = 10  # repeats of the control: its spread is the yardstick
-_N_CONTROLS_SLOW = 3
-_N_REPEATS_SLOW = 2  # of the slow measures, for baselines
-_MAX_TRAIN = 50_000  # training cells in which copies are looked for
-_CONTROL = ""
 
 
 def evaluate(
@@ -177,8 +166,6 @@ def evaluate(
         No counts, too few held-out cells, too few (but some) synthetic cells of a group, a name
         that ``metrics`` or ``baselines`` does not know, or a ``key_added`` that is taken.
     """
-    from threadpoolctl import threadpool_limits
-
     start = perf_counter()
     _check_numbers(
         n_repeats=n_repeats,
@@ -215,23 +202,21 @@ def evaluate(
         if groups:
             notes[name, "missing groups"] = f"{share:.1%} of held-out cells: {name_some(groups)}"
 
-    plan = _Plan(
-        held_out=held_out,
-        trained=trained,
-        copied=_subset(trained, _MAX_TRAIN, seed),
-        half=half,
+    plan = Plan.of(
+        held_out,
+        trained,
+        half,
         max_few=max_cells_classifier,
-        genes=_variable_genes(held_out, max_genes),
+        max_genes=max_genes,
         wanted=wanted,
         seed=seed,
     )
-    tasks = _tasks(list(candidates), made, missing, n_repeats)
-    with _threads(n_jobs) as pool, threadpool_limits(1), warnings.catch_warnings():
-        results = _run(pool, plan, tasks, candidates, progress_bar)
+    tasks = schedule(list(candidates), made, missing, n_repeats)
+    results = run(plan, tasks, candidates, n_jobs=n_jobs, progress_bar=progress_bar)
 
     kinds = {name: "baseline" if name in made else "model" for name in candidates}
-    values, controls = _collect(results, plan, missing, kinds)
-    notes |= _remarks(results, missing)
+    values, controls = collect(results, plan, missing, kinds)
+    notes |= remarks(results)
     report = assemble(values, controls, wanted=wanted, kinds=kinds, notes=notes)
     report.attrs = {
         "rule": RULE,
@@ -245,227 +230,13 @@ def evaluate(
         "n_genes_classifier": len(plan.genes),
         "groups": list(half),
         "groups_left_out": sorted(set(held_out.sizes) - set(half)),
-        "memorisation": _worst_first(results),
-        "seconds": _seconds(results),
+        "memorisation": worst_first(results),
+        "seconds": seconds(results),
         "wall_seconds": perf_counter() - start,
     }
     if key_added is not None:
         store(test, key_added, report)
     return report
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One repeat of one candidate, or (``model`` empty) of the control, on some groups."""
-
-    model: str
-    repeat: int
-    without: tuple[str, ...]
-    slow: bool
-    fast: bool = True
-
-
-@dataclass
-class _Plan:
-    """What all comparisons share."""
-
-    held_out: Cells
-    trained: Cells
-    copied: Cells
-    half: Sizes
-    max_few: int | None
-    genes: np.ndarray
-    wanted: list[str] | None
-    seed: int
-
-    def sizes(self, without: tuple[str, ...]) -> Sizes:
-        return {group: n for group, n in self.half.items() if group not in without}
-
-    def run(self, task: _Task, cells: Cells | None, bandwidth: float | None) -> Measured:
-        """One repeat: the same halves for every candidate, and the same draws whoever else runs."""
-        sizes = self.sizes(task.without)
-        rng = [np.random.default_rng([self.seed, task.repeat, side]) for side in range(3)]
-        both = draw(rng[0], self.held_out, {group: 2 * n for group, n in self.half.items()})
-        a, b = (
-            self.held_out[np.concatenate([both[group][k::2] for group in sizes])] for k in (0, 1)
-        )
-        comparison = Comparison(
-            candidate=a if cells is None else self._drawn(rng[1], cells, sizes),
-            b=b,
-            a=a,
-            train=self.copied,
-            few=self._few(b.groups, sizes),
-            genes=self.genes,
-            bandwidth=bandwidth,
-            seed=self.seed + task.repeat,
-        )
-        chosen = [
-            entry
-            for entry in measures_of(self.wanted, n_groups=len(sizes))
-            if (task.slow if entry.slow else task.fast)
-        ]
-        if cells is not None:
-            return measure(comparison, chosen)
-        if bandwidth is None and any(entry.family == "distance" for entry in chosen):
-            comparison.bandwidth = measures.median_distance(*comparison.pcs) or 1.0
-            comparison.details["bandwidth"] = comparison.bandwidth
-        done = measure(comparison, [entry for entry in chosen if not entry.against_train])
-        against_train = [entry for entry in chosen if entry.against_train]
-        if not against_train:
-            return done
-        third = replace(
-            comparison, candidate=self._drawn(rng[2], self.trained, sizes), details={}
-        )
-        known = set(third.candidate.sizes)
-        if not any(min(third.candidate.sizes[group], sizes[group]) > 1 for group in known):
-            names = [name for entry in against_train for name in entry.names]
-            return done._replace(values=done.values | dict.fromkeys(names, float("nan")))
-        extra = measure(third, against_train)
-        seconds = {
-            family: done.seconds.get(family, 0) + extra.seconds.get(family, 0)
-            for family in {**done.seconds, **extra.seconds}
-        }
-        return done._replace(values=done.values | extra.values, seconds=seconds)
-
-    @staticmethod
-    def _drawn(rng: np.random.Generator, cells: Cells, sizes: Sizes) -> Cells:
-        return cells[np.concatenate(list(draw(rng, cells, sizes).values()))]
-
-    def _few(self, groups: np.ndarray, sizes: Sizes) -> np.ndarray:
-        """The first cells of every group: random ones, as the order is."""
-        few = cut(sizes, self.max_few)
-        return np.concatenate([np.flatnonzero(groups == group)[:n] for group, n in few.items()])
-
-
-def _tasks(
-    candidates: list[str], made: list[str], missing: dict[str, list[str]], n_repeats: int
-) -> list[_Task]:
-    """Controls first, one set for every composition of groups that some candidate has."""
-    n_slow = max(n_repeats, _N_CONTROLS_SLOW)
-    tasks = []
-    for without in dict.fromkeys(tuple(missing[name]) for name in candidates):
-        tasks += [
-            _Task(_CONTROL, repeat, without, slow=repeat < n_slow)
-            for repeat in range(max(n_repeats, _N_CONTROLS))
-        ]
-    for name in candidates:
-        n_slow = min(n_repeats, _N_REPEATS_SLOW) if name in made else n_repeats
-        tasks += [
-            _Task(name, repeat, tuple(missing[name]), slow=repeat < n_slow)
-            for repeat in range(n_repeats)
-        ]
-    return tasks
-
-
-def _run(
-    pool: ThreadPoolExecutor,
-    plan: _Plan,
-    tasks: list[_Task],
-    candidates: Mapping[str, Cells],
-    progress_bar: bool,
-) -> dict[_Task, Measured]:
-    """All comparisons; those of models wait for their control, which gives the bandwidth."""
-    from tqdm.auto import tqdm
-
-    results: dict[_Task, Measured] = {}
-    with tqdm(total=len(tasks), desc="Evaluating", disable=not progress_bar) as bar:
-        for is_control in (True, False):
-            futures: dict[Future[Measured], _Task] = {}
-            for task in tasks:
-                if (task.model == _CONTROL) != is_control:
-                    continue
-                bandwidth = None
-                if not is_control:
-                    control = replace(task, model=_CONTROL, slow=False)
-                    found = results.get(control) or results[replace(control, slow=True)]
-                    bandwidth = found.details.get("bandwidth")
-                cells = None if is_control else candidates[task.model]
-                futures[pool.submit(plan.run, task, cells, bandwidth)] = task
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                bar.update()
-    return {task: results[task] for task in tasks}
-
-
-def _collect(
-    results: Mapping[_Task, Measured],
-    plan: _Plan,
-    missing: Mapping[str, list[str]],
-    kinds: Mapping[str, str],
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Values of all models, and for each model those of its control."""
-    import pandas as pd
-
-    classifier_rows = {
-        name for entry in measures_of(None, n_groups=2) if entry.few for name in entry.names
-    }
-    total = sum(plan.half.values())
-    values: list[tuple[str, str, float, int]] = []
-    controls: list[tuple[str, str, float, int]] = []
-    for model in kinds:
-        without = tuple(missing[model])
-        sizes = plan.sizes(without)
-        n, n_few = (sum(cut(sizes, limit).values()) for limit in (None, plan.max_few))
-        share = 1 - sum(sizes.values()) / total
-        values += [(model, "missing groups", share, total)] * 2
-        controls += [(model, "missing groups", 0.0, total)] * 2
-        for task, found in results.items():
-            if task.without != without or task.model not in (model, _CONTROL):
-                continue
-            rows = values if task.model == model else controls
-            rows += [
-                (model, name, value, n_few if name in classifier_rows else n)
-                for name, value in found.values.items()
-            ]
-    columns = ["model", "metric", "value", "n"]
-    return pd.DataFrame(values, columns=columns), pd.DataFrame(controls, columns=columns)
-
-
-def _remarks(
-    results: Mapping[_Task, Measured], missing: Mapping[str, list[str]]
-) -> dict[tuple[str, str], str]:
-    """What rows say besides their numbers."""
-    notes: dict[tuple[str, str], str] = {}
-    p_values: dict[str, list[float]] = {}
-    for task, found in results.items():
-        if task.model == _CONTROL:
-            continue
-        notes |= {(task.model, name): reason for name, reason in found.missing.items()}
-        if "p" in found.details:
-            p_values.setdefault(task.model, []).append(found.details["p"])
-    for model, p in p_values.items():
-        notes[model, "MMD"] = f"permutation p = {np.median(p):.3g} (median over repeats)"
-    for model, groups in _worst_first(results).items():
-        worst = groups[0]
-        notes[model, "membership z of worst group"] = (
-            f"often worst: {worst['group']} (AUC {worst['auc']:.2f}, n = {worst['n']})"
-        )
-    return notes
-
-
-def _worst_first(results: Mapping[_Task, Measured]) -> dict[str, list[dict[str, Any]]]:
-    """Memorisation per model and group, means over repeats, by falling z."""
-    found: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
-    for task, result in results.items():
-        if task.model != _CONTROL:
-            for group, *numbers in result.details.get("memorisation", ()):
-                found.setdefault(task.model, {}).setdefault(str(group), []).append(tuple(numbers))
-    tables = {}
-    for model, groups in found.items():
-        means = {group: np.mean(numbers, axis=0) for group, numbers in groups.items()}
-        tables[model] = [
-            {"group": group, "ratio": float(m[0]), "auc": float(m[1]), "z": float(m[2]), "n": int(m[3])}
-            for group, m in sorted(means.items(), key=lambda item: -item[1][2])
-        ]
-    return tables
-
-
-def _seconds(results: Mapping[_Task, Measured]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for found in results.values():
-        for family, spent in found.seconds.items():
-            seconds[family] = seconds.get(family, 0.0) + spent
-    return seconds
 
 
 def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> dict[str, AnnData]:
@@ -483,32 +254,6 @@ def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> 
             "it otherwise, or leave that baseline out of baselines=."
         )
     return named
-
-
-def _variable_genes(cells: Cells, max_genes: int | None) -> np.ndarray:
-    """Genes by falling variance in held-out cells, the first ``max_genes``."""
-    values = cells.values
-    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
-    square = np.asarray(values.multiply(values).mean(axis=0), dtype=np.float64).ravel()
-    return np.argsort(-(square - mean**2), kind="stable")[:max_genes]
-
-
-def _subset(cells: Cells, max_cells: int, seed: int) -> Cells:
-    if len(cells) <= max_cells:
-        return cells
-    return cells[np.sort(np.random.default_rng(seed).permutation(len(cells))[:max_cells])]
-
-
-@contextmanager
-def _threads(n_jobs: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, should something fail, does not go on with what has not begun."""
-    if n_jobs is None:
-        n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    pool = ThreadPoolExecutor(n_jobs or os.cpu_count() or 1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _check_numbers(**given: int | None) -> None:

@@ -6,7 +6,6 @@ the same order of groups, so that cutting both to the same positions keeps them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,6 +16,8 @@ from exprgen._errors import name_some
 from exprgen.tl._counts import gene_positions, read_counts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import scipy.sparse as sp
     from anndata import AnnData
 

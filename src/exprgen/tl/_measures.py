@@ -8,7 +8,6 @@ and a model can only know the former), and slopes of fold changes, which need th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
@@ -19,6 +18,8 @@ import numpy as np
 from exprgen import metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from exprgen.tl._halves import Cells
 
 __all__ = ["Comparison", "Measured", "measure", "measures_of"]
@@ -176,7 +177,9 @@ def _calibration(c: Comparison) -> dict[str, float]:
     return {
         "interval coverage": float(inside.mean()),
         "intervals within 3 points": float((np.abs(pairs - _LEVEL) <= 0.03).mean()),
-        "PIT distance": float(np.concatenate([_uniform_distance(u[of]) for of in by_group]).mean()),
+        "PIT distance": float(
+            np.concatenate([_uniform_distance(u[of]) for of in by_group]).mean()
+        ),
         "CRPS": metrics.crps(draws, observed),
         "interval score": metrics.interval_score(lower, upper, observed, alpha=alpha),
         "interval width": metrics.sharpness(lower, upper),
@@ -198,7 +201,7 @@ def _memorisation(c: Comparison) -> dict[str, float]:
     n_pcs = min(50, min(c.candidate.dense.shape) - 1)
     axes = randomized_svd(c.candidate.dense - centre, n_pcs, random_state=c.seed)[2].T
     s, t, h = (np.asarray(x.values @ axes) - centre @ axes for x in (c.candidate, c.train, c.b))
-    groups = {
+    groups: dict[str, Any] = {
         "groups_synthetic": c.candidate.groups,
         "groups_train": c.train.groups,
         "groups_held_out": c.b.groups,
