@@ -78,7 +78,8 @@ def evaluate(
     layer
         Where all objects keep their counts; None for ``.X``.
     metrics
-        Rows wanted, by ``metric`` or ``family``; None for all. Forests take most of the time.
+        Rows wanted besides ``missing groups``, by ``metric`` or ``family``; None for all. The
+        three forests take most of the time.
     baselines
         Whether to add rows for what a model must beat, or which: ``"independent NB"`` (per gene
         and group), ``"NB + copula"`` (the same, with a Gaussian copula), ``"training cells"``
@@ -112,7 +113,9 @@ def evaluate(
         ``n`` the cells on each side, ``better`` the direction.
 
         ``deviation`` is the excess, positive if worse, in units of noise: of ``control_spread``,
-        or of the root mean square of both spreads if that is larger. ``verdict`` is ``"as real"``
+        or of the root mean square of both spreads if that is larger. Where training cells, put in
+        the model's place, are worse than the control as well (by ``train_excess``; known but for
+        forests and memorisation), that much is taken off first. ``verdict`` is ``"as real"``
         if it is at most 3; ``"close"`` if it is more but the excess is within the metric's
         tolerance; else ``"off"``, and ``flag`` is True (also for ``"undefined"``, a value that
         does not exist for such cells; ``"no control"`` if real cells have none). ``note`` says
@@ -215,9 +218,9 @@ def evaluate(
     results = run(plan, tasks, candidates, n_jobs=n_jobs, progress_bar=progress_bar)
 
     kinds = {name: "baseline" if name in made else "model" for name in candidates}
-    values, controls = collect(results, plan, missing, kinds)
+    values = collect(results, plan, missing, kinds)
     notes |= remarks(results)
-    report = assemble(values, controls, wanted=wanted, kinds=kinds, notes=notes)
+    report = assemble(values, wanted=wanted, kinds=kinds, notes=notes)
     report.attrs = {
         "rule": RULE,
         "seed": seed,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exprgen.tl._halves import cut
-from exprgen.tl._measures import measures_of
+from exprgen.tl._measures import add_up, measures_of
 from exprgen.tl._repeats import CONTROL
 
 if TYPE_CHECKING:
@@ -26,33 +26,34 @@ def collect(
     plan: Plan,
     missing: Mapping[str, list[str]],
     kinds: Mapping[str, str],
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Values of all models, and for each model those of its control."""
+) -> pd.DataFrame:
+    """Every value: columns ``model``, ``role``, ``metric``, ``value``, ``n``.
+
+    Roles are ``"value"``, ``"control"`` and ``"train"`` (what training cells give); those of the
+    control, one for every composition of groups, are listed with each model they belong to.
+    """
     import pandas as pd
 
-    classifier_rows = {
-        name for entry in measures_of(None, n_groups=2) if entry.few for name in entry.names
-    }
+    of_few = {name for entry in measures_of(None, n_groups=2) if entry.few for name in entry.names}
     total = sum(plan.half.values())
-    values: list[tuple[str, str, float, int]] = []
-    controls: list[tuple[str, str, float, int]] = []
+    rows: list[tuple[str, str, str, float, int]] = []
     for model in kinds:
         without = tuple(missing[model])
         sizes = plan.sizes(without)
         n, n_few = (sum(cut(sizes, limit).values()) for limit in (None, plan.max_few))
         share = 1 - sum(sizes.values()) / total
-        values += [(model, "missing groups", share, total)] * 2
-        controls += [(model, "missing groups", 0.0, total)] * 2
+        for role, of_role in (("value", share), ("control", 0.0)):
+            rows += [(model, role, "missing groups", of_role, total)] * 2
         for task, found in results.items():
             if task.without != without or task.model not in (model, CONTROL):
                 continue
-            rows = values if task.model == model else controls
-            rows += [
-                (model, name, value, n_few if name in classifier_rows else n)
-                for name, value in found.values.items()
-            ]
-    columns = ["model", "metric", "value", "n"]
-    return pd.DataFrame(values, columns=columns), pd.DataFrame(controls, columns=columns)
+            role = "control" if task.model == CONTROL else "value"
+            for role_, values in ((role, found.values), ("train", found.of_train)):
+                rows += [
+                    (model, role_, name, value, n_few if name in of_few else n)
+                    for name, value in values.items()
+                ]
+    return pd.DataFrame(rows, columns=["model", "role", "metric", "value", "n"])
 
 
 def remarks(results: Mapping[Task, Measured]) -> dict[tuple[str, str], str]:
@@ -100,8 +101,4 @@ def worst_first(results: Mapping[Task, Measured]) -> dict[str, list[dict[str, An
 
 def seconds(results: Mapping[Task, Measured]) -> dict[str, float]:
     """Time spent per family of metrics, over all comparisons."""
-    spent: dict[str, float] = {}
-    for found in results.values():
-        for family, took in found.seconds.items():
-            spent[family] = spent.get(family, 0.0) + took
-    return spent
+    return add_up(*(found.seconds for found in results.values()))

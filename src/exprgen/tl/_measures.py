@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from exprgen.tl._halves import Cells
 
-__all__ = ["Comparison", "Measured", "measure", "measures_of"]
+__all__ = ["Comparison", "Measure", "Measured", "add_up", "measure", "measures_of"]
 
 _N_DRAWS = 20  # of which intervals are made
 _CALIBRATED_GENES = 200
@@ -227,7 +228,7 @@ def _downstream(c: Comparison) -> dict[str, float]:
     return {"": f1}
 
 
-class _Measure(NamedTuple):
+class Measure(NamedTuple):
     """Something to compute: names of its values, and what it needs."""
 
     family: str
@@ -240,20 +241,20 @@ class _Measure(NamedTuple):
 
 
 MEASURES = (
-    _Measure("classifier", ("RF-PC",), _auc("pcs"), slow=True, few=True),
-    _Measure("classifier", ("RF-gene",), _auc("genes"), slow=True, few=True),
-    _Measure("classifier", ("LR-gene",), _auc("genes", classifier="logistic"), few=True),
-    _Measure("classifier", ("QC",), _auc("quality"), slow=True, few=True),
-    _Measure(
+    Measure("classifier", ("RF-PC",), _auc("pcs"), slow=True, few=True),
+    Measure("classifier", ("RF-gene",), _auc("genes"), slow=True, few=True),
+    Measure("classifier", ("LR-gene",), _auc("genes", classifier="logistic"), few=True),
+    Measure("classifier", ("QC",), _auc("quality"), slow=True, few=True),
+    Measure(
         "distance", ("MMD", "energy distance", "sliced Wasserstein", "Wasserstein"), _distances
     ),
-    _Measure(
+    Measure(
         "neighbours", ("precision", "recall", "density", "coverage", "local mixing"), _neighbours
     ),
-    _Measure(
+    Measure(
         "variation", ("variance ratio", "log-total variance"), _variation, against_train=True
     ),
-    _Measure(
+    Measure(
         "genes",
         (
             "gene correlation", "gene correlation overall", "mean correlation", "mean agreement",
@@ -261,14 +262,14 @@ MEASURES = (
         ),
         _genes,
     ),
-    _Measure(
+    Measure(
         "fold changes", ("fold-change slope",), _slope, needs_groups=True, against_train=True
     ),
-    _Measure(
+    Measure(
         "fold changes",
         ("fold-change rank correlation", "DE overlap"), _fold_changes, needs_groups=True,
     ),
-    _Measure(
+    Measure(
         "calibration",
         (
             "interval coverage", "intervals within 3 points", "PIT distance", "CRPS",
@@ -276,18 +277,18 @@ MEASURES = (
         ),
         _calibration,
     ),
-    _Measure(
+    Measure(
         "memorisation",
         ("nearest-neighbour ratio", "membership AUC", "membership z of worst group"),
         _memorisation,
     ),
-    _Measure(
+    Measure(
         "downstream", ("train-on-synthetic F1",), _downstream, needs_groups=True, few=True
     ),
 )  # fmt: skip
 
 
-def measures_of(wanted: list[str] | None, *, n_groups: int) -> list[_Measure]:
+def measures_of(wanted: list[str] | None, *, n_groups: int) -> list[Measure]:
     """Measures to compute: those with a wanted name or family that apply."""
     return [
         entry
@@ -298,15 +299,24 @@ def measures_of(wanted: list[str] | None, *, n_groups: int) -> list[_Measure]:
 
 
 class Measured(NamedTuple):
-    """Values of one comparison by name, why some are missing, remarks, seconds by family."""
+    """Values of one comparison by name, why some are missing, remarks, seconds by family.
+
+    A control also has values ``of_train``ing cells in the place of A.
+    """
 
     values: dict[str, float]
     missing: dict[str, str]
     details: Mapping[str, Any]
     seconds: dict[str, float]
+    of_train: Mapping[str, float] = MappingProxyType({})
 
 
-def measure(c: Comparison, chosen: list[_Measure]) -> Measured:
+def add_up(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Sum mappings entry by entry."""
+    return {key: sum(part.get(key, 0.0) for part in parts) for part in parts for key in part}
+
+
+def measure(c: Comparison, chosen: list[Measure]) -> Measured:
     """Run measures on one comparison."""
     values: dict[str, float] = {}
     missing: dict[str, str] = {}

@@ -13,14 +13,14 @@ import numpy as np
 
 from exprgen import metrics
 from exprgen.tl._halves import cut, draw
-from exprgen.tl._measures import Comparison, measure, measures_of
+from exprgen.tl._measures import Comparison, add_up, measure, measures_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from concurrent.futures import Future
 
     from exprgen.tl._halves import Cells, Sizes
-    from exprgen.tl._measures import Measured
+    from exprgen.tl._measures import Measure, Measured
 
 __all__ = ["CONTROL", "Plan", "Task", "run", "schedule"]
 
@@ -105,20 +105,38 @@ class Plan:
             comparison.bandwidth = metrics.median_distance(*comparison.pcs) or 1.0
             comparison.details["bandwidth"] = comparison.bandwidth
         done = measure(comparison, [entry for entry in chosen if not entry.against_train])
-        against_train = [entry for entry in chosen if entry.against_train]
-        if not against_train:
-            return done
-        third = replace(comparison, candidate=self._drawn(rng[2], self.trained, sizes), details={})
-        known = set(third.candidate.sizes)
-        if not any(min(third.candidate.sizes[group], sizes[group]) > 1 for group in known):
-            names = [name for entry in against_train for name in entry.names]
+        return self._with_train(done, comparison, chosen, sizes, rng[2], full=task.slow)
+
+    def _with_train(
+        self,
+        done: Measured,
+        control: Comparison,
+        chosen: list[Measure],
+        sizes: Sizes,
+        rng: np.random.Generator,
+        *,
+        full: bool,
+    ) -> Measured:
+        """Add what training cells give in A's place: controls of some, allowances of others."""
+        third = replace(control, candidate=self._drawn(rng, self.trained, sizes), details={})
+        found = third.candidate.sizes
+        own = [entry for entry in chosen if entry.against_train]
+        if not any(min(found[group], sizes[group]) > 1 for group in found):
+            names = [name for entry in own for name in entry.names]
             return done._replace(values=done.values | dict.fromkeys(names, float("nan")))
-        extra = measure(third, against_train)
-        seconds = {
-            family: done.seconds.get(family, 0) + extra.seconds.get(family, 0)
-            for family in {**done.seconds, **extra.seconds}
-        }
-        return done._replace(values=done.values | extra.values, seconds=seconds)
+        # Fewer cells would differ for that reason alone; and copies are what they are.
+        others = [
+            entry
+            for entry in chosen
+            if full and found == sizes and not (entry.against_train or entry.slow)
+            and entry.family != "memorisation"
+        ]  # fmt: skip
+        controls, allowances = measure(third, own), measure(third, others)
+        return done._replace(
+            values=done.values | controls.values,
+            of_train=allowances.values,
+            seconds=add_up(done.seconds, controls.seconds, allowances.seconds),
+        )
 
     @staticmethod
     def _drawn(rng: np.random.Generator, cells: Cells, sizes: Sizes) -> Cells:

@@ -4,12 +4,14 @@ Per model and metric, with the mean and standard deviation over repeats of the v
 :math:`(v, s_v)` and of the control :math:`(c, s_c)`,
 
 .. math:: \text{noise} = \max\left(s_c, \sqrt{(s_c^2 + s_v^2)/2}\right), \qquad
-          \text{deviation} = \frac{\text{worse}(v - c)}{\text{noise}},
+          \text{deviation} =
+          \frac{\text{worse}(v - c) - \max(0, \text{worse}(t - c))}{\text{noise}},
 
-where *worse* turns the sign so that positive is worse (absolute value where 1, say, is best).
-Repeats are not averaged out of the noise: they share cells, and neither the synthetic cells'
-finite number nor the difference that chance makes between training and held-out cells shrinks
-with more repeats of one split.
+where *worse* turns the sign so that positive is worse (absolute value where 1, say, is best), and
+:math:`t` is the value of training cells in the model's place. Two halves of one set differ less
+than two sets: what both halves have in common, chance gave to the set, and a model can only know
+the training cells. Repeats are not averaged out of the noise for the same reason: they share
+cells.
 
 A value is ``"as real"`` up to a deviation of 3, ``"close"`` beyond it but within the tolerance of
 its metric (a difference that is there and small), else ``"off"``. Tolerances are this project's
@@ -31,13 +33,14 @@ __all__ = ["COLUMNS", "METRICS", "N_NOISE", "RULE", "Metric", "assemble", "check
 
 N_NOISE = 3.0
 RULE = (
-    f"flag = off: worse than the control by more than {N_NOISE:g} x noise and by more than the "
-    "tolerance; noise = max(control_spread, rms(spread, control_spread))"
+    f"off (flag): worse than the control, and than training cells, by more than {N_NOISE:g} x "
+    "noise, and worse than the control by more than the tolerance; noise = max(control_spread, "
+    "rms(spread, control_spread))"
 )
 
 COLUMNS = [
     "model", "metric", "value", "spread", "control", "control_spread", "excess", "n", "better",
-    "deviation", "verdict", "flag", "kind", "family", "note",
+    "train_excess", "deviation", "verdict", "flag", "kind", "family", "note",
 ]  # fmt: skip
 
 
@@ -119,13 +122,13 @@ def check_metrics(wanted: str | Iterable[str] | None) -> list[str] | None:
 
 
 def is_wanted(name: str, wanted: list[str] | None) -> bool:
-    """Whether a metric belongs into the report."""
-    return wanted is None or name in wanted or METRICS[name].family in wanted
+    """Whether a metric belongs into the report: what is asked for, and always what is missing."""
+    asked = wanted is None or name in wanted or METRICS[name].family in wanted
+    return asked or name == "missing groups"
 
 
 def assemble(
     values: pd.DataFrame,
-    controls: pd.DataFrame,
     *,
     wanted: list[str] | None,
     kinds: dict[str, str],
@@ -135,9 +138,8 @@ def assemble(
 
     Parameters
     ----------
-    values, controls
-        One row per model, metric and repeat, columns ``model``, ``metric``, ``value``, ``n``;
-        a control's model is the one it belongs to.
+    values
+        One row per model, role, metric and repeat.
     wanted
         As :func:`check_metrics` gives it.
     kinds
@@ -147,10 +149,14 @@ def assemble(
     """
     import pandas as pd
 
-    groups = values.groupby(["model", "metric"], sort=False)
-    table = groups["value"].agg(value=_mean, spread=_sd).join(groups["n"].first())
-    by_control = controls.groupby(["model", "metric"], sort=False)["value"]
-    table = table.join(by_control.agg(control=_mean, control_spread=_sd))
+    def of(role: str, **statistics: Any) -> pd.DataFrame:
+        part = values[values["role"] == role]
+        return part.groupby(["model", "metric"], sort=False)["value"].agg(**statistics)
+
+    table = of("value", value=_mean, spread=_sd)
+    table = table.join(of("control", control=_mean, control_spread=_sd))
+    table = table.join(of("train", train=_mean))
+    table["n"] = values.groupby(["model", "metric"])["n"].first()
     rows = [
         _row(model, metric, table.loc[(model, metric)], kinds[model], notes)
         for model in kinds
@@ -167,10 +173,12 @@ def _row(
     value, spread, control, control_spread = (
         float(found[key]) for key in ("value", "spread", "control", "control_spread")
     )
-    worse = metric.worse(value, control)
+    train = float(found["train"])
+    worse, explained = metric.worse(value, control), metric.worse(train, control)
     noise = _noise(spread, control_spread)
+    beyond = worse - (explained if explained > 0 else 0.0)
     # Without any noise (no group is ever missing among real cells) any difference is one.
-    deviation = worse / noise if noise > 0 else (0.0 if worse == 0 else np.sign(worse) * np.inf)
+    deviation = beyond / noise if noise > 0 else (beyond and np.sign(beyond) * np.inf)
     if np.isnan(control):
         verdict = "no control"
     elif np.isnan(value):
@@ -189,6 +197,7 @@ def _row(
         "excess": value - control,
         "n": int(found["n"]),
         "better": metric.better,
+        "train_excess": train - control,
         "deviation": float(deviation),
         "verdict": verdict,
         "flag": verdict in ("off", "undefined"),
