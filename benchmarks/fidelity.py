@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 TYPE = "cell_type"
 MODELS: dict[str, dict[str, Any]] = {"NBVAE": {}, "NBVAE, 128 hidden": {"n_hidden": 128}}
 N_CELLS = 10_000
+JUDGED = [
+    "RF-PC", "RF-gene", "LR-gene", "QC", "variance ratio", "gene correlation",
+    "zero fraction difference", "mean correlation",
+]  # fmt: skip
 COLUMNS = {
     "RF-PC": 3,
     "RF-gene": 3,
@@ -216,10 +220,15 @@ def run_split(adata: AnnData, split: int, args: argparse.Namespace) -> pd.DataFr
         test,
         synthetic,
         groupby=TYPE,
+        metrics=JUDGED,
+        baselines=False,
         n_repeats=args.repeats,
+        max_cells=None,
+        max_cells_classifier=None,
         seed=split,
         progress_bar=False,
     )
+    report = report[report["metric"].isin(JUDGED)]
     return pd.concat([report, pd.DataFrame(rows)], ignore_index=True)
 
 

@@ -91,7 +91,17 @@ def compare(name: str, adata: AnnData, share: float, args) -> dict[str, float]:
     row["outliers among detected counts"] = learned.outlier_rate.item()
     row["mean outlier"] = learned.outlier_mean.item()
     report = exprgen.tl.evaluate(
-        train, test, cells, groupby=TYPE, n_repeats=3, seed=args.seed, progress_bar=False
+        train,
+        test,
+        cells,
+        groupby=TYPE,
+        metrics=METRICS,
+        baselines=False,
+        n_repeats=3,
+        max_cells=None,
+        max_cells_classifier=None,
+        seed=args.seed,
+        progress_bar=False,
     ).set_index(["metric", "model"])
     for metric in METRICS:
         for likelihood in LIKELIHOODS:

@@ -53,7 +53,8 @@ def main() -> None:
     report = exprgen.tl.evaluate(
         train, test, {"NBVAE": synthetic}, groupby="cell_type", seed=arguments.seed
     )
-    print(tidy(report).to_string(index=False))
+    print(tidy(report[report["kind"] == "model"]).to_string(index=False))
+    print(f"(baselines: report.csv, evaluation.png; {report.attrs['wall_seconds']:.0f} s)")
     inside = exprgen.metrics.coverage(
         test.layers["exprgen_q05"], test.layers["exprgen_q95"], test.layers["counts"]
     )
@@ -68,7 +69,7 @@ def main() -> None:
     synthetic.write_h5ad(arguments.out / "synthetic.h5ad")
     model.save(arguments.out / "model", overwrite=True)
     report.to_csv(arguments.out / "report.csv", index=False)
-    draw(train, test, synthetic, arguments.out)
+    draw(train, test, synthetic, report, arguments.out)
     print(f"\nWrote {arguments.out}/ in {time.perf_counter() - start:.0f} s:")
     for path in sorted(arguments.out.iterdir()):
         print(f"  {path}")
@@ -86,6 +87,7 @@ def tidy(report: pd.DataFrame) -> pd.DataFrame:
             "synthetic vs real": with_spread(report["value"], report["spread"]),
             "real vs real": with_spread(report["control"], report["control_spread"]),
             "better": report["better"],
+            "verdict": report["verdict"],
             "cells": report["n"],
         }
     )
@@ -101,8 +103,8 @@ def _resampled_interval(train, test):
     return low, high, test.layers["counts"]
 
 
-def draw(train, test, synthetic, folder: Path) -> None:
-    """The three figures."""
+def draw(train, test, synthetic, report: pd.DataFrame, folder: Path) -> None:
+    """The four figures."""
     shown = synthetic[::2].copy()  # as many as held-out cells
     both = exprgen.tl.concat(test, shown)
     sc.pp.normalize_total(both, target_sum=1e4)
@@ -113,6 +115,7 @@ def draw(train, test, synthetic, folder: Path) -> None:
     figures = {
         "umap": exprgen.pl.embedding(both, groupby="cell_type", return_fig=True),
         "moments": exprgen.pl.moments(test, shown, control=train, return_fig=True),
+        "evaluation": exprgen.pl.evaluation(report, return_fig=True),
         "uncertainty": exprgen.pl.uncertainty(test, MARKERS, groupby="cell_type", return_fig=True),
     }
     for name, figure in figures.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from exprgen import pl, tl
@@ -113,3 +114,68 @@ def test_figures_draw_on_given_axes(pbmc):
     assert pl.moments(pbmc, pbmc, axes=axes, show=False, return_fig=True) is figure
     with pytest.raises(ValueError, match="3 matplotlib axes, got 2"):
         pl.moments(pbmc, pbmc, axes=axes[:2], show=False)
+
+
+def _report():
+    """Two models and a baseline, one row of each kind."""
+    rows = []
+    for model, kind, verdicts in (
+        ("good", "model", ("as real", "close", "as real")),
+        ("bad", "model", ("off", "off", "undefined")),
+        ("group mean", "baseline", ("off", "off", "off")),
+    ):
+        metrics = (("RF-PC", "classifier"), ("MMD", "distance"), ("density", "neighbours"))
+        for (metric, family), verdict in zip(metrics, verdicts, strict=True):
+            missing = verdict == "undefined"
+            rows.append(
+                {
+                    "model": model, "metric": metric, "family": family, "kind": kind,
+                    "value": np.nan if missing else 0.75, "control": 0.5, "control_spread": 0.01,
+                    "deviation": {"as real": 1.0, "close": 4.0, "off": 25.0}.get(verdict, np.nan),
+                    "verdict": verdict, "flag": verdict in ("off", "undefined"),
+                    "better": "near 1" if metric == "density" else "lower",
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_evaluation_draws_a_cell_per_model_and_metric_by_its_verdict(pbmc):
+    report = _report()
+    ax = pl.evaluation(report, show=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "RF-PC ↓",
+        "MMD ↓",
+        "density → 1",
+    ]
+    names = ["real vs real", "good", "bad", "group mean"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == names
+    colours = np.array([patch.get_facecolor() for patch in ax.patches[3:]]).reshape(3, 3, 4)
+    good, bad, baseline = colours
+    assert (good[0] == good[2]).all()
+    assert (good[0] != good[1]).any()
+    assert (bad[0] == baseline).all()
+    texts = [text for text in ax.texts if text.get_text() == "0.750"]
+    assert [text.get_fontweight() for text in texts] == ["normal"] * 3 + ["bold"] * 5
+    assert sum(text.get_text() == "0.500 ± 0.01" for text in ax.texts) == 3
+    pbmc.uns["evaluation"] = {"report": report, "settings": {}}
+    figure = pl.evaluation(
+        pbmc, models=["bad", "good"], metrics=["MMD", "neighbours"], show=False, return_fig=True
+    )
+    [again] = figure.axes
+    assert [label.get_text() for label in again.get_yticklabels()] == ["MMD ↓", "density → 1"]
+    assert [label.get_text() for label in again.get_xticklabels()] == [names[0], "bad", "good"]
+
+
+def test_evaluation_draws_on_given_axes_and_names_what_is_missing(pbmc):
+    import matplotlib.pyplot as plt
+
+    _, given = plt.subplots()
+    assert pl.evaluation(_report(), ax=given, show=False) is given
+    with pytest.raises(KeyError, match=r"no evaluation report under 'evaluation'"):
+        pl.evaluation(pbmc)
+    with pytest.raises(KeyError, match=r"no column 'deviation'"):
+        pl.evaluation(_report().drop(columns="deviation"))
+    with pytest.raises(KeyError, match=r"models has 'best'"):
+        pl.evaluation(_report(), models=["best"])
+    with pytest.raises(KeyError, match=r"metrics has 'RF'"):
+        pl.evaluation(_report(), metrics=["RF"])
