@@ -49,7 +49,7 @@ def evaluate(
     baselines: bool | Sequence[str] = True,
     n_repeats: int = 5,
     max_cells: int | None = 500,
-    max_cells_classifier: int | None = 250,
+    max_cells_classifier: int | None = 200,
     max_genes: int | None = 2000,
     key_added: str | None = None,
     n_jobs: int | None = None,
@@ -116,10 +116,10 @@ def evaluate(
         or of the root mean square of both spreads if that is larger. Where training cells, put in
         the model's place, are worse than the control as well (by ``train_excess``; known but for
         forests and memorisation), that much is taken off first. ``verdict`` is ``"as real"``
-        if it is at most 3; ``"close"`` if it is more but the excess is within the metric's
-        tolerance; else ``"off"``, and ``flag`` is True (also for ``"undefined"``, a value that
-        does not exist for such cells; ``"no control"`` if real cells have none). ``note`` says
-        what else there is to say.
+        if it is at most 3; ``"close"`` if it is more but the excess is within ``tolerance``
+        (in the metric's unit); else ``"off"``, and ``flag`` is True (also for ``"undefined"``, a
+        value that does not exist for such cells; ``"no control"`` if real cells have none).
+        ``note`` says what else there is to say.
 
         ``.attrs`` has the settings, cells and genes in use, seconds per family (summed over
         comparisons), and ``memorisation``: per model the groups, worst first, with

@@ -40,7 +40,7 @@ RULE = (
 
 COLUMNS = [
     "model", "metric", "value", "spread", "control", "control_spread", "excess", "n", "better",
-    "train_excess", "deviation", "verdict", "flag", "kind", "family", "note",
+    "train_excess", "tolerance", "deviation", "verdict", "flag", "kind", "family", "note",
 ]  # fmt: skip
 
 
@@ -198,6 +198,7 @@ def _row(
         "n": int(found["n"]),
         "better": metric.better,
         "train_excess": train - control,
+        "tolerance": metric.allowed(control),
         "deviation": float(deviation),
         "verdict": verdict,
         "flag": verdict in ("off", "undefined"),
