@@ -222,21 +222,18 @@ def _contaminated(thetas, *, rate=RATE, mean=OUTLIER_MEAN):
 
 def _contaminated_pmf(x, mean, theta):
     law = _law(mean, theta)
-    outlier = np.where(x > 0, law.sf(0) * stats.geom(1 / OUTLIER_MEAN).pmf(x), law.pmf(0))
-    return (1 - RATE) * law.pmf(x) + RATE * outlier
+    return (1 - RATE) * law.pmf(x) + RATE * stats.geom(1 / OUTLIER_MEAN).pmf(x)
 
 
-def test_outliers_are_geometric_numbers_in_place_of_detected_counts():
+def test_outliers_are_geometric_numbers_in_place_of_counts():
     x, log_mean, log_theta = _cells(per_cell=False)
     likelihood = _contaminated(np.exp(log_theta))
     assert float(likelihood.outlier_rate) == pytest.approx(RATE)
     assert float(likelihood.outlier_mean) == pytest.approx(OUTLIER_MEAN)
     theta, mean = np.exp(log_theta), np.exp(log_mean)
     clean = np.log1p(-RATE) + stats.nbinom.logpmf(x, theta, theta / (theta + mean))
-    detected = np.log(-np.expm1(-theta * np.log1p(mean / theta)))
-    outlier = np.log(RATE) + detected + stats.geom(1 / OUTLIER_MEAN).logpmf(x)
-    nonzero = np.logaddexp(clean, outlier)
-    expected = np.where(x > 0, nonzero, clean - np.log1p(-RATE)).sum(1)
+    outlier = np.log(RATE) + stats.geom(1 / OUTLIER_MEAN).logpmf(x)
+    expected = np.logaddexp(clean, outlier).sum(1)
     got = likelihood.log_prob(torch.from_numpy(x), torch.from_numpy(log_mean))
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 

@@ -85,7 +85,7 @@ def test_the_terms_of_the_variance_are_the_closed_ones(donor):
 
 @pytest.mark.parametrize("donor", [-1, 2])
 def test_outliers_are_part_of_mean_and_spread(donor):
-    """Donors do not scale them exactly; at their usual rate that is no matter."""
+    """Donors do not scale them."""
     module = _module(6, ContaminatedNegativeBinomial)
     module.space.likelihood.outlier_logit.fill_(np.log(0.02))
     module.space.likelihood.decay_logit.fill_(2.5)

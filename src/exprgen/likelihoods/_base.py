@@ -54,6 +54,9 @@ class Likelihood(nn.Module, ABC):
     lower: Tensor | float
     """Least value that a draw can have, a number or ``(n_vars,)``."""
 
+    background: Tensor | float = 0.0
+    """Part of the expected count that does not scale with ``exp(location)``."""
+
     @abstractmethod
     def initialize(self, start: Start) -> None:
         """Start from the training cells, as if only depth told them apart."""

@@ -14,13 +14,12 @@ only, about one in ten of a droplet experiment; the form is exact, and stays fin
 Droplet data can hold isolated counts that no dispersion explains: a gene seen at most twice in any
 cell, and 40 times in one. A negative binomial answers such a count with a tiny :math:`\theta`, and
 then every other cell is drawn too dispersed. The *contaminated* negative binomial, after Tukey's
-contaminated normal, replaces a share :math:`\varepsilon` of the counts that are not 0 by geometric
-numbers:
+contaminated normal, replaces a small share :math:`\varepsilon` of all counts by geometric numbers
+from 1 up, with which the split into zeros and others stays what it was:
 
 .. math::
-    p(0) = \mathrm{NB}(0), \qquad
-    p(x) = (1-\varepsilon)\,\mathrm{NB}(x)
-           + \varepsilon\,(1-\mathrm{NB}(0))\,(1-q)\,q^{x-1} \quad (x \ge 1).
+    p(0) = (1-\varepsilon)\,\mathrm{NB}(0), \qquad
+    p(x) = (1-\varepsilon)\,\mathrm{NB}(x) + \varepsilon\,(1-q)\,q^{x-1} \quad (x \ge 1).
 
 """
 
@@ -52,6 +51,8 @@ _LARGEST_LOG_MEAN = np.log(1e9)
 # The inverse dispersion that genes start from, and what it weighs against a gene's own counts,
 # as a sum of squared expected counts.
 _PRIOR_DISPERSION, _PRIOR_EVIDENCE = 5.0, 50.0
+# Where outliers have a component of their own, the inverse dispersion of no gene starts below.
+_SMALLEST_START = 2.0
 
 
 def negative_binomial_log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
@@ -248,12 +249,12 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     def __init__(self, n_vars: int, *, dispersion: Dispersion = "gene") -> None:
         super().__init__(n_vars, dispersion=dispersion)
-        self.outlier_logit = nn.Parameter(torch.tensor(-6.0))
+        self.outlier_logit = nn.Parameter(torch.tensor(-8.0))
         self.decay_logit = nn.Parameter(torch.tensor(2.0))
 
     @property
     def outlier_rate(self) -> Tensor:
-        """Share ε of the non-zero counts that are outliers."""
+        """Share ε of the counts that are outliers."""
         return torch.sigmoid(self.outlier_logit)
 
     @property
@@ -261,39 +262,49 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         """Mean of an outlier, in counts."""
         return 1 / torch.sigmoid(-self.decay_logit)
 
+    @property
+    def background(self) -> Tensor:  # type: ignore[override]
+        """Outliers per count, times their mean."""
+        return self.outlier_rate * self.outlier_mean
+
+    @torch.no_grad()
+    def initialize(self, start: Start) -> None:
+        """As without outliers, but θ at least 2.
+
+        A few outliers make the moments of a rare gene those of a θ near 0, from where it would
+        take most of the training to come back.
+        """
+        super().initialize(start)
+        self.log_dispersion.clamp_(min=np.log(_SMALLEST_START))
+
     def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
         dtype = location.dtype
         log_dispersion = self._log_theta(location, extra)
-        outlier_logit, decay_logit = self.outlier_logit.to(dtype), self.decay_logit.to(dtype)
+        logit, decay = self.outlier_logit.to(dtype), self.decay_logit.to(dtype)
         nonzero = Nonzero.of(x.to(dtype))
         log_zero, terms = _at_nonzero(nonzero, location, log_dispersion)
-        clean = logsigmoid(-outlier_logit) + log_zero + terms
-        geometric = logsigmoid(-decay_logit) + (nonzero.counts - 1) * logsigmoid(decay_logit)
-        tiny = torch.finfo(dtype).tiny
-        log_detected = (-torch.expm1(log_zero)).clamp(min=tiny).log()
-        outlier = logsigmoid(outlier_logit) + log_detected + geometric
-        terms = torch.logaddexp(clean, outlier) - log_zero
-        return nonzero.add_to_rows(sum_at_zero(location, log_dispersion), terms)
+        geometric = logsigmoid(-decay) + (nonzero.counts - 1) * logsigmoid(decay)
+        # With 1 - ε taken out of the sum over all genes, the odds of ε are left.
+        terms = torch.logaddexp(log_zero + terms, logit + geometric) - log_zero
+        at_zero = sum_at_zero(location, log_dispersion) + x.shape[1] * logsigmoid(-logit)
+        return nonzero.add_to_rows(at_zero, terms)
 
     def draw(
         self, location: Tensor, generator: torch.Generator, extra: Tensor | None = None
     ) -> Tensor:
         """Integer counts as float32, on the CPU."""
         counts = super().draw(location, generator, extra)
-        detected = counts.nonzero()
-        uniform = torch.rand(2, len(detected), generator=generator, dtype=torch.float64)
-        outliers = uniform[0] < self.outlier_rate.detach().cpu()
+        rate = self.outlier_rate.detach().cpu()
+        outliers = (torch.rand(counts.shape, generator=generator) < rate).nonzero(as_tuple=True)
+        uniform = torch.rand(len(outliers[0]), generator=generator, dtype=torch.float64)
         log_decay = logsigmoid(self.decay_logit.detach().double()).cpu()
-        geometric = 1 + torch.floor(torch.log1p(-uniform[1, outliers]) / log_decay)
-        counts[detected[outliers].unbind(1)] = geometric.float()
+        counts[outliers] = 1 + torch.floor(torch.log1p(-uniform) / log_decay).float()
         return counts
 
     def mean(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
-        """Of the mixture, in counts."""
-        rate = self.outlier_rate
-        background = self._detected(location, extra) * self.outlier_mean
-        return (1 - rate) * location.exp() + rate * background
+        """``(1 - ε) μ + ε m`` with m the mean of an outlier, in counts."""
+        return (1 - self.outlier_rate) * location.exp() + self.background
 
     def signal(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """``exp(location)``, in counts."""
@@ -302,13 +313,6 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
     def variance(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Of the mixture, in counts squared: within its two parts, and between them."""
         rate, outlier = self.outlier_rate, self.outlier_mean
-        detected = self._detected(location, extra)
-        background = detected * outlier
-        # E x² of a geometric number from 1 up with mean m is m (2m - 1).
-        of_outliers = background * (2 * outlier - 1) - background.square()
-        between = rate * (1 - rate) * (location.exp() - background).square()
-        return (1 - rate) * super().variance(location, extra) + rate * of_outliers + between
-
-    def _detected(self, location: Tensor, extra: Tensor | None) -> Tensor:
-        """Probability of a count that is not 0, ``(n_obs, n_vars)``."""
-        return -torch.expm1(log_prob_at_zero(location, self._log_theta(location, extra)))
+        # A geometric number from 1 up with mean m has variance m (m - 1).
+        within = (1 - rate) * super().variance(location, extra) + rate * outlier * (outlier - 1)
+        return within + rate * (1 - rate) * (location.exp() - outlier).square()

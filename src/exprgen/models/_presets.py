@@ -81,8 +81,9 @@ class NBVAE(GenerativeModel):
     likelihood
         ``"contaminated_nb"``; ``"nb"``, without outliers; or ``"poisson"``, without dispersion.
     dispersion
-        ``"gene"``: one inverse dispersion per gene. ``"gene-cell"``: the decoder changes it from
-        cell to cell.
+        ``"gene"``: one inverse dispersion per gene. ``"gene-cell"``: it also depends, linearly in
+        its logarithm, on the latent state, the conditions and the batch. ``None`` is
+        ``"gene-cell"`` where the likelihood has a dispersion.
 
     Examples
     --------
@@ -105,14 +106,16 @@ class NBVAE(GenerativeModel):
         *,
         seed: int | None = None,
         n_latent: int = 10,
-        n_hidden: int = 256,
+        n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.1,
         density: DensityName = "mixture",
         n_components: int = 10,
         likelihood: Literal["contaminated_nb", "nb", "poisson"] = "contaminated_nb",
-        dispersion: Dispersion = "gene",
+        dispersion: Dispersion | None = None,
     ) -> None:
+        if dispersion is None:
+            dispersion = "gene" if likelihood == "poisson" else "gene-cell"
         law = _with_dispersion(_COUNTS, likelihood, dispersion, "poisson")
         shape = Architecture(n_latent, n_hidden, n_layers, dropout, density, n_components)
         super().__init__(adata, registry, seed=seed)
@@ -151,7 +154,7 @@ class ZINBVAE(GenerativeModel):
         *,
         seed: int | None = None,
         n_latent: int = 10,
-        n_hidden: int = 256,
+        n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.1,
         density: DensityName = "mixture",
@@ -207,7 +210,7 @@ class CondVAE(GenerativeModel):
         *,
         seed: int | None = None,
         n_latent: int = 10,
-        n_hidden: int = 256,
+        n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.1,
         density: DensityName = "mixture",

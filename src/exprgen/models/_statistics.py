@@ -7,8 +7,7 @@ With m the log mean without donor and u the donor's log factor, the variance of 
     \underbrace{\mathrm{Var}(e^m)\,E\,e^{2u}}_{\text{latent}} +
     \underbrace{(E\,e^m)^2\,\mathrm{Var}(e^u)}_{\text{donor}},
 
-the donor's term in closed form because its factor stands outside the softmax (outliers, which do
-not scale with it exactly, are taken to). Where a donor shifts continuous expression the terms are
+the donor's term in closed form because its factor stands outside the softmax. Where a donor shifts continuous expression the terms are
 those of :class:`~exprgen.spaces.AdditiveDonorEffect`. Quantiles are order
 statistics of n draws, at ranks :math:`\lfloor q(n+1)\rfloor` below the median and
 :math:`\lceil q(n+1)\rceil` above: a new draw falls between two of them with the nominal

@@ -80,8 +80,8 @@ class TrainMixin(ModelCore):
         Parameters
         ----------
         max_epochs
-            Length of the run, over which the learning rate rises and falls; ``None`` is 40 from
-            1,000 to 10,000 cells, fewer outside.
+            Length of the run, over which the learning rate rises and falls; ``None`` is 25 to
+            1,000 cells, 40 at 10,000 and fewer beyond.
         batch_size
             Cells per step; ``None`` is 128, or less where an epoch would have under eight steps.
         train_size, validation_size

@@ -149,17 +149,19 @@ class DonorEffect(nn.Module):
         donor
             Code; -1 is a new donor.
         """
-        mean, latent = _moments(likelihood.mean(*decoded))
+        mean, latent = _moments(likelihood.mean(*decoded) - likelihood.background)
         u_mean, u_variance = (moment.double() for moment in self.law(donor))
         first, second = (u_mean + u_variance / 2).exp(), (2 * u_mean + 2 * u_variance).exp()
-        return mean * first, latent * second, mean.square() * (second - first.square())
+        between = mean.square() * (second - first.square())
+        return mean * first + likelihood.background, latent * second, between
 
     def expected(self, likelihood: Likelihood, decoded: Decoded, effect: Tensor) -> Tensor:
         """Expected value over draws of the decoder's output, for each row of ``effect``.
 
         Shape ``(n, n_vars)`` like ``effect``; float64.
         """
-        return likelihood.mean(*decoded).double().mean(0) * effect.double().exp()
+        scaled = (likelihood.mean(*decoded) - likelihood.background).double().mean(0)
+        return scaled * effect.double().exp() + likelihood.background
 
 
 class AdditiveDonorEffect(DonorEffect):
