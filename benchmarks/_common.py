@@ -1,4 +1,4 @@
-"""What the benchmarks share: where the data lie, what a step costs, how results are kept.
+"""What the benchmarks share: the data and their splits, what a step costs, how results are kept.
 
 Costs are CPU seconds of the process on one thread, which other work on the machine disturbs less
 than time on the clock, and the growth of resident memory. Compare them within one run only.
@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
+import scanpy as sc
 import scipy.sparse as sp
 import torch
+from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
@@ -33,7 +35,18 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-__all__ = ["Cost", "arguments", "format_table", "load", "measured", "prepare", "say", "write"]
+__all__ = [
+    "Cost",
+    "arguments",
+    "format_table",
+    "load",
+    "measured",
+    "prepare",
+    "say",
+    "train_test",
+    "variable_genes",
+    "write",
+]
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("EXPRGEN_TEST_DATA", HERE.parents[1] / "shared" / "data"))
@@ -83,6 +96,44 @@ def load(folder: Path, name: str) -> ad.AnnData:
     adata = ad.read_h5ad(path)
     adata.layers["counts"] = sp.csr_matrix(adata.X, dtype=np.float32)
     return adata
+
+
+def train_test(
+    adata: ad.AnnData, key: str, test_size: float, seed: int
+) -> tuple[ad.AnnData, ad.AnnData]:
+    """Two parts with the same share of every label of ``obs[key]``."""
+    rows = train_test_split(
+        np.arange(adata.n_obs), test_size=test_size, stratify=adata.obs[key], random_state=seed
+    )
+    return adata[np.sort(rows[0])].copy(), adata[np.sort(rows[1])].copy()
+
+
+def variable_genes(train: ad.AnnData, n_genes: int) -> pd.Index:
+    """Names of the highly variable genes, scanpy's defaults on log-normalised counts."""
+    normalised = sc.AnnData(train.layers["counts"].copy(), var=train.var[[]].copy())
+    sc.pp.normalize_total(normalised, target_sum=1e4)
+    sc.pp.log1p(normalised)
+    sc.pp.highly_variable_genes(normalised, n_top_genes=min(n_genes, train.n_vars))
+    return normalised.var_names[normalised.var["highly_variable"]]
+
+
+def train_test(
+    adata: ad.AnnData, key: str, test_size: float, seed: int
+) -> tuple[ad.AnnData, ad.AnnData]:
+    """Two parts with the same share of every label in ``obs[key]``."""
+    rows = train_test_split(
+        np.arange(adata.n_obs), test_size=test_size, stratify=adata.obs[key], random_state=seed
+    )
+    return adata[np.sort(rows[0])].copy(), adata[np.sort(rows[1])].copy()
+
+
+def variable_genes(train: ad.AnnData, n_genes: int) -> pd.Index:
+    """Names of the highly variable genes, scanpy's defaults on log-normalised counts."""
+    normalised = ad.AnnData(train.layers["counts"].copy(), var=train.var[[]].copy())
+    sc.pp.normalize_total(normalised, target_sum=1e4)
+    sc.pp.log1p(normalised)
+    sc.pp.highly_variable_genes(normalised, n_top_genes=n_genes)
+    return normalised.var_names[normalised.var["highly_variable"]]
 
 
 def say(text: str) -> None:

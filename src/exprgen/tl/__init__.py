@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from exprgen.tl._concat import concat
 from exprgen.tl._evaluate import evaluate
+from exprgen.tl._report import METRICS
 
-__all__ = ["concat", "evaluate"]
+__all__ = ["METRICS", "concat", "evaluate"]
