@@ -117,25 +117,6 @@ def variable_genes(train: ad.AnnData, n_genes: int) -> pd.Index:
     return normalised.var_names[normalised.var["highly_variable"]]
 
 
-def train_test(
-    adata: ad.AnnData, key: str, test_size: float, seed: int
-) -> tuple[ad.AnnData, ad.AnnData]:
-    """Two parts with the same share of every label in ``obs[key]``."""
-    rows = train_test_split(
-        np.arange(adata.n_obs), test_size=test_size, stratify=adata.obs[key], random_state=seed
-    )
-    return adata[np.sort(rows[0])].copy(), adata[np.sort(rows[1])].copy()
-
-
-def variable_genes(train: ad.AnnData, n_genes: int) -> pd.Index:
-    """Names of the highly variable genes, scanpy's defaults on log-normalised counts."""
-    normalised = ad.AnnData(train.layers["counts"].copy(), var=train.var[[]].copy())
-    sc.pp.normalize_total(normalised, target_sum=1e4)
-    sc.pp.log1p(normalised)
-    sc.pp.highly_variable_genes(normalised, n_top_genes=n_genes)
-    return normalised.var_names[normalised.var["highly_variable"]]
-
-
 def say(text: str) -> None:
     """Progress, with the seconds since the start."""
     print(f"[{time.perf_counter() - _START:6.0f} s] {text}", flush=True)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import scanpy as sc
-from _common import arguments, format_table, load, prepare, say, write
-from fidelity import TYPE, train_test
+from _common import arguments, format_table, load, prepare, say, train_test, write
 
 import exprgen
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+TYPE = "cell_type"
 LIKELIHOODS = ("nb", "contaminated_nb")
 METRICS = ("RF-gene", "QC")
 N_TEST = 600
@@ -69,9 +69,9 @@ def isolated_counts(adata: AnnData) -> dict[str, int]:
 
 def compare(name: str, adata: AnnData, share: float, args) -> dict[str, float]:
     """Held-out bound and AUCs of both likelihoods."""
-    train, test = train_test(adata, share, args.seed)
+    train, test = train_test(adata, TYPE, share, args.seed)
     if test.n_obs > N_TEST:
-        _, test = train_test(test, N_TEST / test.n_obs, args.seed)
+        _, test = train_test(test, TYPE, N_TEST / test.n_obs, args.seed)
     chosen = train.copy()
     chosen.X = chosen.layers["counts"]
     sc.experimental.pp.highly_variable_genes(chosen, n_top_genes=min(args.genes, adata.n_vars))
@@ -88,7 +88,7 @@ def compare(name: str, adata: AnnData, share: float, args) -> dict[str, float]:
         row[f"log-likelihood, {likelihood}"] = float(values.mean())
         cells[likelihood] = model.sample(test, n_obs=1, seed=args.seed, progress_bar=False)
     learned = model.module.space.likelihood
-    row["outliers among detected counts"] = learned.outlier_rate.item()
+    row["share of outliers among all counts"] = learned.outlier_rate.item()
     row["mean outlier"] = learned.outlier_mean.item()
     report = exprgen.tl.evaluate(
         train,
