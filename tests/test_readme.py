@@ -11,11 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+TEN_LINES, QUALITY = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def names() -> dict:
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(TEN_LINES, "README.md", "exec"), names)
     return names
 
 
@@ -34,8 +36,15 @@ def test_code_does_what_its_comments_say(names: dict) -> None:
 
 
 def test_it_is_about_ten_lines() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= 12
+    assert sum(bool(line.strip()) for line in TEN_LINES.splitlines()) <= 12
+
+
+def test_quality_is_told_beside_that_of_baselines(names: dict) -> None:
+    exec(compile(QUALITY, "README.md", "exec"), names)
+    report = names["report"]
+    assert set(report["kind"]) == {"model", "baseline"}
+    value = report.set_index(["model", "metric"])["value"]
+    assert value["NBVAE", "RF-PC"] < value["group mean", "RF-PC"] - 0.1
 
 
 def test_commands_are_in_the_makefile() -> None:
