@@ -7,11 +7,11 @@ With m the log mean without donor and u the donor's log factor, the variance of 
     \underbrace{\mathrm{Var}(e^m)\,E\,e^{2u}}_{\text{latent}} +
     \underbrace{(E\,e^m)^2\,\mathrm{Var}(e^u)}_{\text{donor}},
 
-the donor's term in closed form because its factor stands outside the softmax. Where a donor shifts continuous expression the terms are
-those of :class:`~exprgen.spaces.AdditiveDonorEffect`. Quantiles are order
-statistics of n draws, at ranks :math:`\lfloor q(n+1)\rfloor` below the median and
-:math:`\lceil q(n+1)\rceil` above: a new draw falls between two of them with the nominal
-probability or a little more.
+the donor's term in closed form because its factor stands outside the softmax. Where a donor
+shifts continuous expression the terms are those of
+:class:`~exprgen.spaces.AdditiveDonorEffect`. Quantiles are order statistics of n draws, at ranks
+:math:`\lfloor q(n+1)\rfloor` below the median and :math:`\lceil q(n+1)\rceil` above: a new draw
+falls between two of them with the nominal probability or a little more.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def evaluate(
         Where to keep the report in ``test.uns``: ``uns[key_added]["report"]``, and how it came
         about in ``["settings"]``. None to leave ``test`` alone.
     n_jobs
-        Threads; None for as many as there are processors. The numbers do not depend on it.
+        Threads that grow the classifiers' forests, most of the work; None for as many as there are
+        processors. The numbers do not depend on it.
     seed
         The same seed gives the same numbers.
     progress_bar
@@ -213,9 +214,10 @@ def evaluate(
         max_genes=max_genes,
         wanted=wanted,
         seed=seed,
+        n_jobs=n_jobs,
     )
     tasks = schedule(list(candidates), made, missing, n_repeats)
-    results = run(plan, tasks, candidates, n_jobs=n_jobs, progress_bar=progress_bar)
+    results = run(plan, tasks, candidates, progress_bar=progress_bar)
 
     kinds = {name: "baseline" if name in made else "model" for name in candidates}
     values = collect(results, plan, missing, kinds)

@@ -42,6 +42,7 @@ class Comparison:
     genes: np.ndarray  # genes that classifiers see, most variable first, (n_genes,)
     bandwidth: float | None  # of the MMD: the control's, so that models share it
     seed: int
+    n_jobs: int  # threads of the forests; -1 is all
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,7 +96,7 @@ def _auc(features: str, **options: Any) -> Callable[[Comparison], dict[str, floa
             pair = tuple(metrics.quality_features(x.counts[c.few]) for x in (c.candidate, c.b))
         else:
             pair = c.few_values
-        return {"": metrics.c2st_auc(*pair, seed=c.seed, **options)}
+        return {"": metrics.c2st_auc(*pair, seed=c.seed, n_jobs=c.n_jobs, **options)}
 
     return run
 

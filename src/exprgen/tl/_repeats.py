@@ -1,11 +1,8 @@
-"""Repeats: which comparisons are made, on which cells, and in how many threads."""
+"""Repeats: which comparisons are made, and on which cells."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +13,7 @@ from exprgen.tl._halves import cut, draw
 from exprgen.tl._measures import Comparison, add_up, measure, measures_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from concurrent.futures import Future
+    from collections.abc import Mapping
 
     from exprgen.tl._halves import Cells, Sizes
     from exprgen.tl._measures import Measure, Measured
@@ -55,6 +51,7 @@ class Plan:
     genes: np.ndarray
     wanted: list[str] | None
     seed: int
+    n_jobs: int
 
     @classmethod
     def of(
@@ -67,11 +64,13 @@ class Plan:
         max_genes: int | None,
         wanted: list[str] | None,
         seed: int,
+        n_jobs: int | None,
     ) -> Plan:
         """Choose the genes for classifiers, and the training cells in which to look for copies."""
         genes = _variable_genes(held_out, max_genes)
         copied = _subset(trained, _MAX_TRAIN, seed)
-        return cls(held_out, trained, copied, half, max_few, genes, wanted, seed)
+        n_jobs = -1 if n_jobs is None else n_jobs
+        return cls(held_out, trained, copied, half, max_few, genes, wanted, seed, n_jobs)
 
     def sizes(self, without: tuple[str, ...]) -> Sizes:
         return {group: n for group, n in self.half.items() if group not in without}
@@ -93,6 +92,7 @@ class Plan:
             genes=self.genes,
             bandwidth=bandwidth,
             seed=self.seed + task.repeat,
+            n_jobs=self.n_jobs,
         )
         chosen = [
             entry
@@ -169,38 +169,20 @@ def schedule(
 
 
 def run(
-    plan: Plan,
-    tasks: list[Task],
-    candidates: Mapping[str, Cells],
-    *,
-    n_jobs: int | None,
-    progress_bar: bool,
+    plan: Plan, tasks: list[Task], candidates: Mapping[str, Cells], *, progress_bar: bool
 ) -> dict[Task, Measured]:
-    """All comparisons, side by side; those of models wait for their control's bandwidth."""
-    from threadpoolctl import threadpool_limits
+    """All comparisons, in order: those of models need their control's bandwidth."""
     from tqdm.auto import tqdm
 
     results: dict[Task, Measured] = {}
-    # Libraries' own threads would compete with ours; and they change the warning filters for a
-    # moment, which from several threads can leave them changed.
-    with (
-        _threads(n_jobs) as pool,
-        threadpool_limits(1),
-        warnings.catch_warnings(),
-        tqdm(total=len(tasks), desc="Evaluating", disable=not progress_bar) as bar,
-    ):
-        for is_control in (True, False):
-            futures: dict[Future[Measured], Task] = {}
-            for task in tasks:
-                if (task.model == CONTROL) != is_control:
-                    continue
-                bandwidth = None if is_control else _bandwidth(results, task)
-                cells = None if is_control else candidates[task.model]
-                futures[pool.submit(plan.run, task, cells, bandwidth)] = task
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                bar.update()
-    return {task: results[task] for task in tasks}
+    # Forests on threads change the warning filters for a moment and can leave them changed.
+    with warnings.catch_warnings():
+        for task in tqdm(tasks, desc="Evaluating", disable=not progress_bar):
+            is_control = task.model == CONTROL
+            bandwidth = None if is_control else _bandwidth(results, task)
+            cells = None if is_control else candidates[task.model]
+            results[task] = plan.run(task, cells, bandwidth)
+    return results
 
 
 def _bandwidth(results: Mapping[Task, Measured], task: Task) -> float | None:
@@ -221,15 +203,3 @@ def _subset(cells: Cells, max_cells: int, seed: int) -> Cells:
     if len(cells) <= max_cells:
         return cells
     return cells[np.sort(np.random.default_rng(seed).permutation(len(cells))[:max_cells])]
-
-
-@contextmanager
-def _threads(n_jobs: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, should something fail, does not go on with what has not begun."""
-    if n_jobs is None:
-        n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    pool = ThreadPoolExecutor(n_jobs or os.cpu_count() or 1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
