@@ -365,3 +365,56 @@ def test_the_best_weights_are_copies():
         callback.on_train_epoch_end(trainer, plan)
     callback.on_train_end(trainer, plan)
     assert (callback.best, callback.best_epoch, layer.weight.item()) == (1.0, 1, 1.0)
+
+
+# Arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"plan_kwargs": {name: wrong}}, error, rf"plan_kwargs\['{name}'\] must .*{allowed}.*got")
+        for name, allowed, bad in (
+            ("lr", r"\(0, inf\)", (0, -1, np.nan)),
+            ("kl_warmup", r"\[0, 1\]", (-0.1, 1.1, np.nan)),
+            ("lr_warmup", r"\[0, 1\]", (-1, 5)),
+            ("weight_decay", r"\[0, inf\)", (-1, np.inf)),
+            ("beta", r"\[0, inf\)", (-1, np.inf)),
+            ("density_lr_factor", r"\[0, inf\)", (-1,)),
+            ("dispersion_lr_factor", r"\[0, inf\)", (-1,)),
+            ("donor_lr_factor", r"\[0, inf\)", (np.nan,)),
+        )
+        for wrong, error in (
+            *((value, ValueError) for value in bad),
+            *((value, TypeError) for value in ("1", None, True, [1])),
+        )
+    ]
+    + [
+        ({"plan_kwargs": 5}, TypeError, "plan_kwargs must be a dict or None, got 5"),
+        ({"plan_kwargs": ["lr"]}, TypeError, r"plan_kwargs must be a dict or None, got \['lr'\]"),
+        ({"trainer_kwargs": 5}, TypeError, "trainer_kwargs must be a dict or None, got 5"),
+        (
+            {"trainer_kwargs": {"limit_train_batch": 1}},
+            TypeError,
+            "trainer_kwargs has no 'limit_train_batch'.*Did you mean 'limit_train_batches'",
+        ),
+        ({"trainer_kwargs": {"callbacks": 5}}, TypeError, "'callbacks'.*list.*got 5"),
+        ({"trainer_kwargs": {"callbacks": [Recorder]}}, TypeError, "'callbacks'.*list.*Recorder"),
+        (
+            {"trainer_kwargs": {"gradient_clip_val": -1}},
+            ValueError,
+            r"'gradient_clip_val'\] must lie in \[0, inf\), got -1",
+        ),
+        ({"early_stopping": "no"}, TypeError, "early_stopping must be True or False, got 'no'"),
+        ({"train_size": "x"}, TypeError, "train_size must be a number"),
+    ],
+)
+def test_arguments_are_checked_before_anything_runs(untrained, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        untrained.train(1, **QUIET | kwargs)
+    assert not untrained.module.initialized
+
+
+@pytest.fixture(scope="module")
+def untrained(cells):
+    return _model(cells)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "check_bool",
     "check_choice",
     "check_genes",
     "check_indices",
+    "check_number",
     "check_positive_int",
     "check_quantiles",
 ]
@@ -41,6 +43,42 @@ def check_positive_int(value: object, name: str, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
     return int(value)
+
+
+def check_number(value: object, name: str, interval: str = "[0, inf)") -> float:
+    """Return a number that lies in ``interval``, which is written as in mathematics.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number; True is none.
+    ValueError
+        If it lies elsewhere; NaN does.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a number in {interval}, got {value!r} ({type(value).__name__})."
+        )
+    low, high = map(float, interval[1:-1].split(","))
+    number = float(value)
+    inside = low < number < high
+    inside |= (interval[0] == "[" and number == low) or (interval[-1] == "]" and number == high)
+    if not inside:
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}.")
+    return number
+
+
+def check_bool(value: object, name: str) -> bool:
+    """Return True or False.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, which may not mean what it says.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
+    return bool(value)
 
 
 def check_indices(indices: Any, n_obs: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from scvi.train import TrainingPlan
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
 
+from exprgen._arguments import check_number
 from exprgen._errors import TrainingDivergedError
 from exprgen._random import generator
 
@@ -33,6 +34,7 @@ __all__ = [
     "CellDataset",
     "GenerativeTrainingPlan",
     "KeepBestWeights",
+    "check_plan",
     "default_batch_size",
     "default_max_epochs",
 ]
@@ -170,6 +172,22 @@ class KeepBestWeights(Callback):
         self.restore(pl_module.module)
 
 
+_INTERVALS = {"lr": "(0, inf)", "kl_warmup": "[0, 1]", "lr_warmup": "[0, 1]"}
+"""Of the plan's numbers; the others lie in [0, inf)."""
+
+
+def check_plan(**numbers: Any) -> None:
+    """Refuse numbers that no :class:`GenerativeTrainingPlan` can train with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is no number, not finite, or outside its range.
+    """
+    for name, value in numbers.items():
+        check_number(value, f"plan_kwargs[{name!r}]", _INTERVALS.get(name, "[0, inf)"))
+
+
 class GenerativeTrainingPlan(TrainingPlan):
     """One stage of training a density and its space together.
 
@@ -196,6 +214,11 @@ class GenerativeTrainingPlan(TrainingPlan):
         Fraction of the steps over which the learning rate grows to ``lr``, before it falls to 0.
     seed
         Of the fixed validation noise.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is none, not finite, or outside its range.
     """
 
     module: ExpressionModule
@@ -215,8 +238,16 @@ class GenerativeTrainingPlan(TrainingPlan):
         lr_warmup: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if not (math.isfinite(beta) and beta >= 0):
-            raise ValueError(f"beta must be finite and not negative, got {beta!r}.")
+        check_plan(
+            lr=lr,
+            density_lr_factor=density_lr_factor,
+            dispersion_lr_factor=dispersion_lr_factor,
+            donor_lr_factor=donor_lr_factor,
+            weight_decay=weight_decay,
+            kl_warmup=kl_warmup,
+            beta=beta,
+            lr_warmup=lr_warmup,
+        )
         self.kl_warmup, self.beta = kl_warmup, beta
         super().__init__(module, optimizer="AdamW", lr=lr, eps=1e-8, weight_decay=weight_decay)
         self.n_cells = n_obs_training

@@ -47,8 +47,7 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("n_latent", "n_hidden", "n_layers", "n_components"):
             _arguments.check_positive_int(getattr(self, name), name)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        _arguments.check_number(self.dropout, "dropout", "[0, 1)")
         _arguments.check_choice(self.density, "density", ("mixture", "gaussian", "flow"))
 
     @property

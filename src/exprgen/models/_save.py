@@ -346,7 +346,8 @@ def _check_registry(registry: Mapping[str, Any]) -> None:
         raise TypeError(f"{name_some(wrong)} is no text")
     if not registry["model_name"].isidentifier():
         raise ValueError(f"{registry['model_name']!r} is no class")
-    _ = said["layer"], said["allow_non_integer"], own_names(said)
+    _ = said["layer"], own_names(said)
+    _arguments.check_bool(said["allow_non_integer"], "allow_non_integer")
     several = "modality" in said
     if registry["setup_method_name"] != ("setup_mudata" if several else "setup_anndata"):
         raise ValueError(f"{registry['setup_method_name']!r} is no method of setup")

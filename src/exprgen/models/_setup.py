@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from scvi.data import AnnDataManager
 
-from exprgen import _validate
+from exprgen import _arguments, _validate
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import SetupError, closest
 from exprgen.models._cells import library_of
@@ -76,7 +76,8 @@ class SetupMixin(ModelCore):
             Column of obs that stands for the cells' depth, instead of their totals; models of
             counts only.
         allow_non_integer
-            Whether counts may have fractions (ambient-corrected ones do).
+            Whether counts may have fractions (ambient-corrected ones do); models of continuous
+            values take fractions whatever it says.
         **kwargs
             ``source_registry`` of a saved model, passed to
             :meth:`scvi.data.AnnDataManager.register_fields`.
@@ -162,6 +163,7 @@ class SetupMixin(ModelCore):
         """Check ``adata``, which is ``data`` or a modality of it, and register ``data``."""
         roles = own_names(said["setup_args"])
         layer, size_factor_key = roles["layer"], roles["size_factor_key"]
+        _arguments.check_bool(roles["allow_non_integer"], "allow_non_integer")
         if size_factor_key is not None and not cls.needs_counts:
             raise SetupError(
                 f"size_factor_key={size_factor_key!r} is for models of counts; {cls.__name__} "

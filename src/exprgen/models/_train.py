@@ -6,12 +6,15 @@ import inspect
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scvi.train import TrainRunner
+from lightning.pytorch import Callback
+from lightning.pytorch import Trainer as LightningTrainer
+from scvi.train import Trainer, TrainRunner
 
 from exprgen import _arguments
 from exprgen._errors import closest
@@ -27,6 +30,7 @@ from exprgen.train import (
     CellDataset,
     GenerativeTrainingPlan,
     KeepBestWeights,
+    check_plan,
     default_batch_size,
     default_max_epochs,
 )
@@ -120,12 +124,10 @@ class TrainMixin(ModelCore):
         ):
             if value is not None:
                 _arguments.check_positive_int(value, name)
+        _arguments.check_bool(early_stopping, "early_stopping")
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
-        trainer_kwargs = dict(trainer_kwargs or {})
-        for word in _OWN_WORDS.keys() & trainer_kwargs.keys():
-            raise TypeError(
-                f"Give {_OWN_WORDS[word]} to train() instead of trainer_kwargs[{word!r}]."
-            )
+        check_plan(**plan_kwargs)
+        trainer_kwargs = _checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
         train_idx, val_idx = self._split(train_size, validation_size, split_key)
         if early_stopping and len(val_idx) == 0:
@@ -222,10 +224,7 @@ class TrainMixin(ModelCore):
         for name, value in (("train_size", train_size), ("validation_size", validation_size)):
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-                raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
+            _arguments.check_number(value, name, "[0, 1]")
         if validation_size is None:
             validation_size = 1 - train_size
         if train_size == 0 or train_size + validation_size > 1 + 1e-9:
@@ -253,15 +252,38 @@ def _quiet_lightning() -> Iterator[None]:
         rank_zero.setLevel(level)
 
 
-def _checked(kwargs: dict[str, Any] | None, argument: str, owner: type) -> dict[str, Any]:
+def _checked(kwargs: dict[str, Any] | None, argument: str, *owners: type) -> dict[str, Any]:
     """Refuse unknown keywords before anything runs."""
-    allowed = set(inspect.signature(owner).parameters) - {"module", "n_obs_training", "seed"}
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"{argument} must be a dict or None, got {kwargs!r}.")
+    allowed = {word for owner in owners for word in inspect.signature(owner).parameters}
+    allowed -= {"module", "n_obs_training", "seed", "kwargs"}
     for word in kwargs or {}:
         if word not in allowed:
             raise TypeError(
                 f"{argument} has no {word!r}; it takes {sorted(allowed)}.{closest(word, allowed)}"
             )
     return dict(kwargs or {})
+
+
+def _checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Refuse what the trainer would, and what train() decides, before anything runs."""
+    # scvi-tools' trainer hands what it does not know to Lightning's.
+    kwargs = _checked(kwargs, "trainer_kwargs", Trainer, LightningTrainer)
+    for word in _OWN_WORDS.keys() & kwargs.keys():
+        raise TypeError(f"Give {_OWN_WORDS[word]} to train() instead of trainer_kwargs[{word!r}].")
+    callbacks = kwargs.get("callbacks", [])
+    known = isinstance(callbacks, list | tuple) and all(
+        isinstance(callback, Callback) for callback in callbacks
+    )
+    if not known:
+        raise TypeError(
+            "trainer_kwargs['callbacks'] must be a list of lightning.pytorch.Callback, got "
+            f"{callbacks!r}."
+        )
+    if kwargs.get("gradient_clip_val") is not None:
+        _arguments.check_number(kwargs["gradient_clip_val"], "trainer_kwargs['gradient_clip_val']")
+    return kwargs
 
 
 def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 4096) -> DataMoments:
