@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exprgen import NBVAE, ZINBVAE, CondVAE, datasets
-from exprgen._errors import DataQualityWarning, SetupError
+from exprgen._errors import DataQualityWarning, ExtrapolationWarning, SetupError
 from exprgen._layout import ConditionLayout
 from exprgen.likelihoods import Gaussian, MixtureOfGaussians
 from exprgen.spaces import ContinuousLatentSpace, DataMoments
@@ -199,3 +199,37 @@ def test_beta_weighs_the_divergence_and_leaves_the_elbo_as_it_is():
     for wrong in (-1.0, np.nan):
         with pytest.raises(ValueError, match="beta"):
             model.train(1, plan_kwargs={"beta": wrong}, **QUIET)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "mixture_of_gaussians"])
+def test_values_below_all_of_training_have_no_probability_and_validation_survives_them(likelihood):
+    adata = _adata()
+    adata.obs["part"] = ["train"] * 250 + ["validation"] * 50
+    adata.layers["x"][290:, 4] = -1  # validation cells
+    CondVAE.setup_anndata(adata, layer="x", categorical_condition_keys=["cell_type"])
+    model = CondVAE(adata, seed=0, n_hidden=16, n_latent=2, likelihood=likelihood)
+    model.train(2, split_key="part", accelerator="cpu", **QUIET)
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
+
+    cells = adata[:200].copy()
+    expected = model.log_likelihood(cells, n_samples=2, seed=0, **QUIET)
+    assert np.isfinite(expected).all()
+    cells.layers["x"] = cells.layers["x"] - np.float32(1e-7)  # rounding
+    np.testing.assert_allclose(
+        model.log_likelihood(cells, n_samples=2, seed=0, **QUIET), expected, rtol=1e-3
+    )
+    low = cells.layers["x"].min(0) == cells.layers["x"].min()
+    cells.layers["x"][3, [0, 2]] = -1e-2
+    assert low[[0, 2]].all()
+    said = f"2 values in 1 of 200 cells .*'{adata.var_names[0]}', '{adata.var_names[2]}'.*-inf"
+    for verb in (
+        lambda: model.log_likelihood(cells, n_samples=2, seed=0, **QUIET),
+        lambda: model.denoise(cells, n_samples=2, copy=True, **QUIET),
+        lambda: model.counterfactual(cells, to={"cell_type": "type_0"}, n_samples=2, **QUIET),
+        lambda: model.posterior_predictive_sample(cells),
+    ):
+        with pytest.warns(ExtrapolationWarning, match=said):
+            got = verb()
+        if isinstance(got, np.ndarray):
+            assert got[3] == -np.inf
+            np.testing.assert_allclose(np.delete(got, 3), np.delete(expected, 3), rtol=1e-3)

@@ -236,10 +236,15 @@ def test_a_rectified_law_is_a_probability_at_the_bound_and_a_density_above(kind)
     likelihood = _continuous(kind)
     location, extra = _one(likelihood)
     parts = _parts(likelihood, location, extra)
-    # Also below the bound, where new cells may lie: they are taken to be at it.
-    for x in ([LOWER, 2.0, -1.0, 0.51], [5.0, LOWER, LOWER, 1.0], [0.0, 0.9, 3.0, LOWER]):
+    for x in ([LOWER, 2.0, LOWER, 0.51], [5.0, LOWER, LOWER, 1.0], [LOWER, 0.9, 3.0, LOWER]):
         got = likelihood.log_prob(torch.tensor([x]), location, extra)
         assert float(got) == pytest.approx(np.log(_law(parts, np.array(x))).sum(), rel=1e-7)
+        # Below the bound there is nothing, but for rounding.
+        almost = torch.tensor([x]).double() - 1e-8
+        got = likelihood.log_prob(almost, location, extra)
+        assert float(got) == pytest.approx(np.log(_law(parts, almost.numpy()[0])).sum(), rel=1e-7)
+        x[0] = LOWER - 0.01
+        assert likelihood.log_prob(torch.tensor([x]), location, extra) == -np.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,7 +303,7 @@ def test_far_above_the_bound_there_is_none(kind):
 def test_rectified_gradients_are_those_of_finite_differences(kind):
     likelihood = _continuous(kind)
     location, extra = _one(likelihood)
-    x = torch.tensor([[LOWER, 2.0, -1.0, 0.51]]).double()
+    x = torch.tensor([[LOWER, 2.0, LOWER, 0.51]]).double()
     _gradcheck(likelihood, x, location, extra)
 
 

@@ -60,7 +60,7 @@ class UntrustedFileError(CheckpointError):
 
 
 class ExtrapolationWarning(UserWarning):
-    """Conditions asked for that lie outside what was trained on."""
+    """Conditions, or values of cells, that lie outside what was trained on."""
 
 
 class DataQualityWarning(UserWarning):

@@ -91,9 +91,11 @@ class ExpressionModule(BaseModuleClass):
         The donors' KL divergence belongs to the whole training set of ``n_obs_training`` cells.
         """
         features = self.space.features.conditions(tensors["c"])
-        reconstruction = -self.space.likelihood.log_prob(
-            tensors["x"], *generative_outputs["decoded"]
-        )
+        x, likelihood = tensors["x"], self.space.likelihood
+        if not likelihood.is_count:
+            # One value of a validation cell below all of training must not make epochs alike.
+            x = torch.maximum(x, torch.as_tensor(likelihood.lower).to(x))
+        reconstruction = -likelihood.log_prob(x, *generative_outputs["decoded"])
         kl = self.density.kl(**inference_outputs, features=features)
         loss = (reconstruction + kl_weight * beta * kl).mean()
         if self.space.donors is not None:

@@ -8,12 +8,12 @@ Gaussian :cite:p:`tobin1958`): with b the gene's least value in training,
 
 .. math::
     x = \max(b, \mu + \sigma\varepsilon), \qquad
-    p(x) = \begin{cases} \Phi(a) & x \le b \\
+    p(x) = \begin{cases} 0 & x < b \\ \Phi(a) & x = b \\
     \frac1\sigma\,\varphi\big(\tfrac{x - \mu}{\sigma}\big) & x > b \end{cases},
     \qquad a = \frac{b - \mu}{\sigma},
 
-a probability at b and a density above. Likelihood, draws, mean and variance are of this one law.
-Its moments are :math:`E x = \mu + \sigma m_1` and
+a probability at b, a density above and nothing below. Likelihood, draws, mean and variance are of
+this one law. Its moments are :math:`E x = \mu + \sigma m_1` and
 :math:`\mathrm{Var}\,x = \sigma^2 (m_2 - m_1^2)` with
 
 .. math::
@@ -37,16 +37,18 @@ from exprgen.likelihoods._base import Dispersion, Likelihood, Start
 if TYPE_CHECKING:
     from torch import Generator
 
-__all__ = ["Gaussian", "MixtureOfGaussians"]
+__all__ = ["Gaussian", "MixtureOfGaussians", "Rectified"]
 
 # No component is narrower than this share of the gene's own spread, e^-6: a value that repeats
 # would otherwise have an unbounded density.
 _SMALLEST_LOG_SD = -6.0
+# A value that is the bound but for rounding, in shares of the gene's spread and of the bound.
+_ROUNDING = 1e-5, 1e-6
 # So far below the mean a bound is none; and its square is a number.
 _NO_BOUND = -40.0
 
 
-class _Rectified(Likelihood):
+class Rectified(Likelihood):
     """What both have: a scale and a bound per gene, and the law of the rectified Gaussian."""
 
     is_count = False
@@ -65,19 +67,26 @@ class _Rectified(Likelihood):
         self.scale.copy_((start.residual / start.n_obs).sqrt())
         self.lower.copy_(start.minimum)
 
+    def below(self, x: Tensor) -> Tensor:
+        """Which values lie below the bound by more than rounding: no draw can be there."""
+        of_spread, of_bound = _ROUNDING
+        lower = self.lower.to(x)
+        return x < lower - of_spread * self.scale.to(x) - of_bound * lower.abs()
+
     def _sd(self, log_sd: Tensor, like: Tensor) -> Tensor:
         """Standard deviations from logarithms relative to the gene's spread."""
         return self.scale.to(like) * log_sd.to(like).clamp(min=_SMALLEST_LOG_SD, max=4).exp()
 
     def _log_prob(self, x: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-        """Log-probability at the bound, log-density above it."""
+        """Log-probability at the bound, log-density above it, minus infinity below it."""
         lower = self.lower.to(mean)
         at_bound = x <= lower
         standardised = (torch.where(at_bound, lower.expand_as(x), x) - mean) / sd
         density = -0.5 * standardised.square() - sd.log() - 0.5 * math.log(2 * math.pi)
         # Each branch gets arguments at which its gradient is finite.
         mass = torch.special.log_ndtr(torch.where(at_bound, standardised, 0.0))
-        return torch.where(at_bound, mass, torch.where(at_bound, 0.0, density))
+        value = torch.where(at_bound, mass, torch.where(at_bound, 0.0, density))
+        return value.masked_fill(self.below(x), -math.inf)
 
     def _moments(self, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the rectified Gaussian."""
@@ -89,7 +98,7 @@ class _Rectified(Likelihood):
         return mean + sd * first, sd.square() * (second - first.square()).clamp(min=0)
 
 
-class Gaussian(_Rectified):
+class Gaussian(Rectified):
     """Gaussian values, at least the gene's least in training; location = centre.
 
     Parameters
@@ -130,7 +139,7 @@ class Gaussian(_Rectified):
         return self._moments(location, self.sd(location, extra))[1]
 
 
-class MixtureOfGaussians(_Rectified):
+class MixtureOfGaussians(Rectified):
     """A mixture of Gaussian values, at least the gene's least in training.
 
     The location is a common centre. Distances of the components from it, and their spreads,

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from mudata import MuData
 from scvi.model.base import BaseModelClass
 
 from exprgen import _arguments, _slots, _validate
 from exprgen._conditions import ConditionSchema
-from exprgen._errors import GeneMismatchError
+from exprgen._errors import ExtrapolationWarning, GeneMismatchError, name_some
 from exprgen._observed import ObservedConditions
 from exprgen._random import isolated, resolve_seed
+from exprgen.likelihoods._gaussian import Rectified
 from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
 from exprgen.models._fields import CONDITIONS_KEY, encode_cells
 from exprgen.models._mudata import home_of, own_names, read_modality, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    import torch
 
     from exprgen.models._query import Query
     from exprgen.module import ExpressionModule
@@ -155,8 +156,15 @@ class ModelCore(BaseModelClass):
         indices: Any = None,
         *,
         unseen: Literal["error", "null"] = "error",
+        training: bool = False,
     ) -> Cells:
-        """Check and encode cells, without changing the object they come in."""
+        """Check and encode cells, without changing the object they come in.
+
+        Warns
+        -----
+        ExtrapolationWarning
+            Not for ``training``: if values lie below all that a continuous model can draw.
+        """
         _arguments.check_choice(unseen, "unseen", ("error", "null"))
         given = self._own_data() if given is None else given
         adata = self._readable(given)
@@ -175,7 +183,30 @@ class ModelCore(BaseModelClass):
         rows = np.arange(adata.n_obs)
         if indices is not None:
             rows = _arguments.check_indices(indices, adata.n_obs)
-        return Cells(given, adata, reader, rows, codes[rows], library[rows])
+        cells = Cells(given, adata, reader, rows, codes[rows], library[rows])
+        if not training:
+            self._warn_of_values_below(cells)
+        return cells
+
+    def _warn_of_values_below(self, cells: Cells, block: int = 4096) -> None:
+        likelihood = self.module.space.likelihood
+        if not isinstance(likelihood, Rectified):
+            return
+        of_gene, n_cells = np.zeros(len(self.var_names), np.int64), 0
+        for start in range(0, len(cells), block):
+            x = torch.from_numpy(cells.reader.rows(cells.rows[start : start + block]))
+            below = likelihood.below(x.to(self._device)).cpu().numpy()
+            of_gene += below.sum(0)
+            n_cells += int(below.any(1).sum())
+        if n_cells:
+            warnings.warn(
+                f"{of_gene.sum()} values in {n_cells} of {len(cells)} cells lie below their "
+                "gene's least value in training, where the model has no probability: genes "
+                f"{name_some(self.var_names[of_gene > 0])}. The log-likelihood of these cells is "
+                "-inf. Are the values on the scale of training?",
+                ExtrapolationWarning,
+                stacklevel=4,
+            )
 
     def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
         """Column of ``adata`` for each of the model's genes; layers need all of them and no more.

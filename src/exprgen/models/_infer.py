@@ -47,7 +47,10 @@ class InferMixin(ModelCore):
 
         The bound tightens with ``n_samples`` and is evaluated in float64. With a size factor it
         is log p(x | depth, c). Of continuous values it is a density, in units of the layer: it
-        compares models of the same layer, never with those of counts.
+        compares models of the same layer, never with those of counts. It is ``-inf`` for a cell
+        with a value below its gene's least one in training, which such a model excludes; there
+        is a warning that counts these values. In training and validation they count as that
+        least value, so that one of them does not decide which epoch is the best.
 
         Parameters
         ----------

@@ -198,7 +198,7 @@ class TrainMixin(ModelCore):
             size_factor_key,
             self.registry_["setup_method_name"],
         )
-        cells = self._cells(None)
+        cells = self._cells(None, training=True)
         dataset = CellDataset(cells.reader, cells.codes, cells.library)
         return dataset, cell_keys(cells.adata, cells.reader)
 
