@@ -70,7 +70,7 @@ def test_forests_on_threads_are_the_same(rng):
 def test_values_that_are_not_finite_are_refused_by_name(rng, metric):
     a, b = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
     b[3, 1] = np.inf
-    with pytest.raises(ValueError, match=r"(b|real) has values that are not finite in 1 cells"):
+    with pytest.raises(ValueError, match=r"(b|real) has 1 values that are not finite"):
         metric(sparse.csr_matrix(a), sparse.csr_matrix(b))
 
 
@@ -133,7 +133,7 @@ def test_groups_without_two_cells_on_both_sides_do_not_count(rng):
     assert ratio == pytest.approx(1)
     with pytest.raises(ValueError, match="two cells"):
         metrics.variance_ratio(real[:1], real)
-    with pytest.raises(ValueError, match="both"):
+    with pytest.raises(ValueError, match="groups_synthetic must be given, got None"):
         metrics.variance_ratio(real, real, groups_real=groups_real)
 
 
@@ -184,6 +184,6 @@ def test_coverage_is_closed():
 
 def test_docs_list_every_metric():
     api = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text("utf-8")
-    section = api[api.index("## Metrics") : api.index("## What models")]
+    section = api.split("\n## Metrics\n")[1].split("\n## ")[0]
     listed = re.findall(r"^   (\w+)$", section, re.MULTILINE)
     assert sorted(listed) == sorted(metrics.__all__)

@@ -136,7 +136,7 @@ def test_genes_without_variance_do_not_break_the_overlap(rng):
 def test_differences_refuse_what_does_not_fit(rng):
     r = cells(rng, np.zeros((3, 8)))
     by = {"groups_synthetic": GROUPS, "groups_real": GROUPS}
-    with pytest.raises(ValueError, match="number of genes"):
+    with pytest.raises(ValueError, match="number of features"):
         metrics.de_overlap(r[:, :5], r, **by)
     with pytest.raises(ValueError, match=r"groups_real must have shape \(200,\)"):
         metrics.de_overlap(r, r, groups_synthetic=GROUPS, groups_real=GROUPS[:-1])

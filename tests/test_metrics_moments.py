@@ -98,5 +98,5 @@ def test_moments_refuse_other_genes(rng):
         metrics.mean_correlation,
         metrics.gene_correlation_agreement,
     ):
-        with pytest.raises(ValueError, match="differ in their genes: 3 and 4"):
+        with pytest.raises(ValueError, match="synthetic: 3, real: 4"):
             metric(real[:, :3], real)

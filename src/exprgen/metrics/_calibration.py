@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from exprgen.metrics._checks import at_least
-from exprgen.metrics._features import dense
+from exprgen.metrics._checks import at_least, dense, numbers
 
 __all__ = ["coverage", "crps", "interval_score", "pit", "sharpness"]
 
@@ -29,9 +28,9 @@ def coverage(lower: np.ndarray, upper: np.ndarray, x: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        A lower end above its upper end.
+        A lower end above its upper end, no values, or some that are not finite.
     """
-    lower, upper, x = _intervals(lower, upper, x)
+    lower, upper, x = _intervals(lower=lower, upper=upper, x=x)
     return float(((lower <= x) & (x <= upper)).mean())
 
 
@@ -60,7 +59,7 @@ def pit(samples: np.ndarray, x: np.ndarray, *, seed: int = 0) -> np.ndarray:
     Raises
     ------
     ValueError
-        Shapes that do not fit.
+        Shapes that do not fit, no values, or some that are not finite.
     """
     samples, x = _draws(samples, x, n_min=1)
     below, equal = (samples < x).sum(axis=0), (samples == x).sum(axis=0)
@@ -91,7 +90,7 @@ def crps(samples: np.ndarray, x: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        Shapes that do not fit, or fewer than two samples.
+        Shapes that do not fit, fewer than two samples, no values, or some that are not finite.
     """
     samples, x = _draws(samples, x, n_min=2)
     n = len(samples)
@@ -123,11 +122,12 @@ def interval_score(lower: np.ndarray, upper: np.ndarray, x: np.ndarray, *, alpha
     Raises
     ------
     ValueError
-        A lower end above its upper end, or ``alpha`` not between 0 and 1.
+        A lower end above its upper end, no values, some that are not finite, or ``alpha`` not
+        between 0 and 1.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}; it is .1 for 90 %.")
-    lower, upper, x = _intervals(lower, upper, x)
+    lower, upper, x = _intervals(lower=lower, upper=upper, x=x)
     outside = np.maximum(lower - x, 0) + np.maximum(x - upper, 0)
     return float((upper - lower + 2 / alpha * outside).mean())
 
@@ -150,16 +150,20 @@ def sharpness(lower: np.ndarray, upper: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        A lower end above its upper end.
+        A lower end above its upper end, no values, or some that are not finite.
     """
-    lower, upper = _intervals(lower, upper)
+    lower, upper = _intervals(lower=lower, upper=upper)
     return float((upper - lower).mean())
 
 
-def _intervals(*given: Any) -> list[np.ndarray]:
+def _intervals(**given: Any) -> list[np.ndarray]:
     """Lower ends, upper ends and perhaps values: dense, float64, of one shape, not crossed."""
-    as_floats = [np.asarray(dense(v), dtype=np.float64) for v in given]
-    arrays = list(np.broadcast_arrays(*as_floats))
+    as_floats = [_floats(name, values) for name, values in given.items()]
+    try:
+        arrays = list(np.broadcast_arrays(*as_floats))
+    except ValueError:
+        shapes = ", ".join(f"{k}: {v.shape}" for k, v in zip(given, as_floats, strict=True))
+        raise ValueError(f"shapes do not fit each other ({shapes}).") from None
     n_crossed = int((arrays[0] > arrays[1]).sum())
     if n_crossed:
         raise ValueError(
@@ -169,8 +173,8 @@ def _intervals(*given: Any) -> list[np.ndarray]:
     return arrays
 
 
-def _draws(samples: np.ndarray, x: Any, *, n_min: int) -> tuple[np.ndarray, np.ndarray]:
-    samples, x = np.asarray(samples), np.asarray(dense(x))
+def _draws(samples: Any, x: Any, *, n_min: int) -> tuple[np.ndarray, np.ndarray]:
+    samples, x = _floats("samples", samples), _floats("x", x)
     if samples.ndim != x.ndim + 1 or samples.shape[1:] != x.shape:
         raise ValueError(
             f"samples must have shape (n_samples, *x.shape) = (n_samples, "
@@ -178,3 +182,7 @@ def _draws(samples: np.ndarray, x: Any, *, n_min: int) -> tuple[np.ndarray, np.n
         )
     at_least("the number of samples", len(samples), n_min)
     return samples, x
+
+
+def _floats(name: str, values: Any) -> np.ndarray:
+    return np.asarray(dense(numbers(name, values)), dtype=np.float64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from exprgen.metrics._checks import points
+from exprgen.metrics._checks import at_least, points
 
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
@@ -66,6 +66,7 @@ def c2st_auc(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    at_least("n_folds", n_folds, 2)
     a, b = points(a=a, b=b)
     if min(a.shape[0], b.shape[0]) < n_folds:
         raise ValueError(

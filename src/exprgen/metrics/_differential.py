@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from exprgen.metrics._checks import at_least, common_groups, finite, group_labels
+from exprgen.metrics._checks import at_least, common_groups, group_labels, matrices, matrix
 
 if TYPE_CHECKING:
     from exprgen.metrics._features import Matrix
@@ -54,9 +54,11 @@ def log_fold_changes(values: Matrix, groups: np.ndarray, group: object) -> np.nd
     Raises
     ------
     ValueError
-        No cell is in the group, or no cell is outside it.
+        No cell is in the group, or no cell is outside it; missing labels, or values that are not
+        finite.
     """
-    (groups,) = group_labels(groups=(groups, values.shape[0]))
+    values = matrix("values", values)
+    (groups,) = group_labels(groups=(groups, values.shape[0]), optional=False)
     n = int((groups == group).sum())
     if n in (0, len(groups)):
         raise ValueError(
@@ -99,14 +101,13 @@ def fold_change_slopes(
     Raises
     ------
     ValueError
-        Labels that do not fit, or no group has two cells on all sides.
+        Labels that are missing or do not fit, values that are not finite, or no group has two
+        cells on all sides.
     """
-    samples = {
-        "synthetic": (synthetic, groups_synthetic),
-        "a": (real_a, groups_a),
-        "b": (real_b, groups_b),
-    }
-    groups, differences = _all_against_rest(samples)
+    groups, differences = _all_against_rest(
+        {"synthetic": synthetic, "real_a": real_a, "real_b": real_b},
+        {"groups_synthetic": groups_synthetic, "groups_a": groups_a, "groups_b": groups_b},
+    )
     if len(groups) < 2:
         return {}
     s, a, b = (x - x.mean(axis=1, keepdims=True) for x, _ in differences)
@@ -144,13 +145,14 @@ def fold_change_slope(
     Raises
     ------
     ValueError
-        Labels that do not fit, or no group has two cells on all sides.
+        Labels that are missing or do not fit, values that are not finite, or no group has two
+        cells on all sides.
     """
-    labels = [np.asarray(of) for of in (groups_synthetic, groups_a, groups_b)]
     slopes = fold_change_slopes(
         synthetic, real_a, real_b,
         groups_synthetic=groups_synthetic, groups_a=groups_a, groups_b=groups_b,
     )  # fmt: skip
+    labels = [np.asarray(of) for of in (groups_synthetic, groups_a, groups_b)]
     entering = [
         slope
         for group, slope in slopes.items()
@@ -184,12 +186,15 @@ def fold_change_rank_correlation(
     Raises
     ------
     ValueError
-        Labels that do not fit, or no group has two cells on both sides.
+        Labels that are missing or do not fit, values that are not finite, or no group has two
+        cells on both sides.
     """
     from scipy.stats import rankdata
 
-    samples = {"synthetic": (synthetic, groups_synthetic), "real": (real, groups_real)}
-    groups, differences = _all_against_rest(samples)
+    groups, differences = _all_against_rest(
+        {"synthetic": synthetic, "real": real},
+        {"groups_synthetic": groups_synthetic, "groups_real": groups_real},
+    )
     if len(groups) < 2:
         return float("nan")
     ranks = [rankdata(means, axis=1) for means, _ in differences]
@@ -230,14 +235,17 @@ def de_overlap(
     Raises
     ------
     ValueError
-        Labels that do not fit, or no group has two cells on both sides.
+        Labels that are missing or do not fit, values that are not finite, or no group has two
+        cells on both sides.
     """
     at_least("n_genes", n_genes, 1)
-    samples = {"synthetic": (synthetic, groups_synthetic), "real": (real, groups_real)}
-    groups, differences = _all_against_rest(samples)
+    groups, differences = _all_against_rest(
+        {"synthetic": synthetic, "real": real},
+        {"groups_synthetic": groups_synthetic, "groups_real": groups_real},
+    )
     if len(groups) < 2:
         return float("nan")
-    n_genes = min(n_genes, max(1, synthetic.shape[1] // 2))
+    n_genes = min(n_genes, max(1, differences[0][0].shape[1] // 2))
     chosen = []
     for means, variances in differences:
         # A gene without any variance in which the group differs is as differential as can be.
@@ -250,21 +258,20 @@ def de_overlap(
 
 
 def _all_against_rest(
-    samples: dict[str, tuple[Matrix, np.ndarray]],
+    samples: dict[str, Matrix], groups_of: dict[str, np.ndarray]
 ) -> tuple[list[object], list[tuple[np.ndarray, np.ndarray]]]:
     """Groups that all samples have, and :func:`_against_rest` of each sample's cells of them."""
-    widths = {name: values.shape[1] for name, (values, _) in samples.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"the samples differ in their number of genes: {widths}.")
-    for name, (values, _) in samples.items():
-        finite(name, values)
-    pairs = {f"groups_{name}": (groups, x.shape[0]) for name, (x, groups) in samples.items()}
-    labels = group_labels(**pairs)
+    arrays = matrices(samples)
+    pairs = {
+        name: (given, x.shape[0])
+        for (name, given), x in zip(groups_of.items(), arrays, strict=True)
+    }
+    labels = group_labels(**pairs, optional=False)
     groups = common_groups(*labels)
     if len(groups) < 2:
         return groups, []
     differences = []
-    for (values, _), of in zip(samples.values(), labels, strict=True):
+    for values, of in zip(arrays, labels, strict=True):
         kept = np.any([of == group for group in groups], axis=0)
         differences.append(_against_rest(values if kept.all() else values[kept], of[kept], groups))
     return groups, differences

@@ -43,7 +43,8 @@ def train_on_synthetic_f1(
     Raises
     ------
     ValueError
-        Different features, no cells, values that are not finite, or labels that do not fit.
+        Different features, no cells, values that are not finite, or labels that are
+        missing or do not fit.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
@@ -52,7 +53,9 @@ def train_on_synthetic_f1(
 
     synthetic, test = points(synthetic=synthetic, test=test)
     labels_synthetic, labels_test = group_labels(
-        labels_synthetic=(labels_synthetic, len(synthetic)), labels_test=(labels_test, len(test))
+        labels_synthetic=(labels_synthetic, len(synthetic)),
+        labels_test=(labels_test, len(test)),
+        optional=False,
     )
     known, fit_to = np.unique(labels_synthetic.astype(str), return_inverse=True)
     if len(known) == 1:

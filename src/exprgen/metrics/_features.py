@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from scipy import sparse
 
+from exprgen.metrics._checks import at_least, dense, matrices
+from exprgen.metrics._checks import counts as check_counts
+
 if TYPE_CHECKING:
     Matrix: TypeAlias = np.ndarray | sparse.spmatrix | sparse.sparray
 
@@ -34,7 +37,13 @@ def log_cp10k(counts: Matrix) -> Matrix:
     -------
     numpy.ndarray or scipy.sparse.csr_matrix
         Same shape, float32, CSR where ``counts`` was sparse.
+
+    Raises
+    ------
+    ValueError
+        No values, or some that are negative or not finite.
     """
+    counts = check_counts("counts", counts)
     if sparse.issparse(counts):
         values = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
         values.data = np.log1p(
@@ -63,12 +72,21 @@ def pooled_pcs(
     -------
     tuple of numpy.ndarray
         Scores, shapes ``(n_a, n_pcs)`` and ``(n_b, n_pcs)``.
+
+    Raises
+    ------
+    ValueError
+        Different numbers of genes, no cells, or values that are not finite.
     """
     from sklearn.decomposition import PCA
 
+    at_least("n_pcs", n_pcs, 1)
+    a, b = matrices({"a": a, "b": b})
     pooled = np.concatenate([dense(a), dense(b)])
     n_pcs = min(n_pcs, pooled.shape[0] - 1, pooled.shape[1])
-    scores = PCA(n_pcs, random_state=seed).fit_transform(pooled)
+    # Of cells that are all alike, the shares of variance (not used here) are 0 / 0.
+    with np.errstate(invalid="ignore"):
+        scores = PCA(n_pcs, random_state=seed).fit_transform(pooled)
     return scores[: a.shape[0]], scores[a.shape[0] :]
 
 
@@ -86,8 +104,13 @@ def quality_features(counts: Matrix) -> np.ndarray:
         Shape ``(n_obs, 5)``, columns :data:`QUALITY_FEATURES`: total counts; genes detected; share
         of the counts in the cell's 20 highest genes; highest count; share of the detected genes
         that have exactly one count. Shares of an empty cell are 0.
+
+    Raises
+    ------
+    ValueError
+        No values, or some that are negative or not finite.
     """
-    rows = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
+    rows = sparse.csr_matrix(check_counts("counts", counts), dtype=np.float64, copy=True)
     rows.eliminate_zeros()
     n_obs = rows.shape[0]
     detected = np.diff(rows.indptr)
@@ -101,11 +124,6 @@ def quality_features(counts: Matrix) -> np.ndarray:
     maximum = np.bincount(row[highest], values[highest], n_obs)
     ones = np.bincount(row[values == 1], minlength=n_obs) / np.maximum(detected, 1)
     return np.column_stack([library, detected, top, maximum, ones])
-
-
-def dense(values: Matrix) -> np.ndarray:
-    """The values as an ordinary array."""
-    return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
 
 
 def _row_totals(values: sparse.csr_matrix) -> np.ndarray:

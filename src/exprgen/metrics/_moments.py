@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from exprgen.metrics._checks import common_groups, finite, group_labels
-from exprgen.metrics._features import dense
+from exprgen.metrics._checks import at_least, common_groups, counts, dense, group_labels, matrices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +64,8 @@ def variance_ratio(
     Raises
     ------
     ValueError
-        No group has two cells on both sides.
+        Different numbers of genes, values that are not finite, labels that are missing or do not
+        fit, or no group has two cells on both sides.
     """
     ratios = []
     for s, r in _pairs(synthetic, real, groups_synthetic, groups_real):
@@ -101,7 +101,8 @@ def mean_correlation(
     Raises
     ------
     ValueError
-        No group has two cells on both sides.
+        Different numbers of genes, values that are not finite, labels that are missing or do not
+        fit, or no group has two cells on both sides.
     """
     pairs = list(_pairs(synthetic, real, groups_synthetic, groups_real))
     correlations = [_pearson(s.mean(axis=0), r.mean(axis=0)) for s, r in pairs]
@@ -121,7 +122,13 @@ def zero_fraction_difference(synthetic: Matrix, real: Matrix) -> float:
     float
         In [0, 1]; 0 is best, but two finite samples of one distribution differ too: compare with
         the value for real against real cells.
+
+    Raises
+    ------
+    ValueError
+        Different numbers of genes, no cells, or values that are not finite.
     """
+    synthetic, real = matrices({"synthetic": synthetic, "real": real})
     return float(np.abs(_zero_fraction(synthetic) - _zero_fraction(real)).mean())
 
 
@@ -159,8 +166,10 @@ def gene_correlation_agreement(
     Raises
     ------
     ValueError
-        No group has two cells on both sides.
+        Different numbers of genes, values that are not finite, labels that are missing or do not
+        fit, or no group has two cells on both sides.
     """
+    at_least("n_genes", n_genes, 3)
     pairs = list(_pairs(synthetic, real, groups_synthetic, groups_real))
     residual_s = np.concatenate([s - s.mean(axis=0) for s, _ in pairs])
     residual_r = np.concatenate([r - r.mean(axis=0) for _, r in pairs])
@@ -204,7 +213,8 @@ def moment_agreement(
     Raises
     ------
     ValueError
-        No group has two cells on both sides.
+        Different numbers of genes, values that are not finite, labels that are missing or do not
+        fit, or no group has two cells on both sides.
     """
     found, sizes = [], []
     for s, r in _pairs(synthetic, real, groups_synthetic, groups_real):
@@ -245,11 +255,13 @@ def log_total_ratio(
     Raises
     ------
     ValueError
-        No group has two cells on both sides.
+        Different numbers of genes, values that are not finite, labels that are missing or do not
+        fit, or no group has two cells on both sides.
     """
+    given = {"counts_synthetic": counts_synthetic, "counts_real": counts_real}
     totals = [
-        np.log1p(np.asarray(counts.sum(axis=1), dtype=np.float64)).reshape(-1, 1)
-        for counts in (counts_synthetic, counts_real)
+        np.log1p(np.asarray(counts(name, x).sum(axis=1), dtype=np.float64)).reshape(-1, 1)
+        for name, x in given.items()
     ]
     pairs = list(_pairs(totals[0], totals[1], groups_synthetic, groups_real))
     of_synthetic = sum(len(r) * _variance(s).item() for s, r in pairs)
@@ -264,16 +276,11 @@ def _pairs(
     groups_real: np.ndarray | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The two sides of every group that has two cells on both, dense float64."""
+    synthetic, real = matrices({"synthetic": synthetic, "real": real})
     of_s, of_r = group_labels(
         groups_synthetic=(groups_synthetic, synthetic.shape[0]),
         groups_real=(groups_real, real.shape[0]),
     )
-    if synthetic.shape[1] != real.shape[1]:
-        raise ValueError(
-            f"synthetic and real differ in their genes: {synthetic.shape[1]} and {real.shape[1]}."
-        )
-    finite("synthetic", synthetic)
-    finite("real", real)
     for group in common_groups(of_s, of_r):
         s, r = dense(synthetic[of_s == group]), dense(real[of_r == group])
         yield s.astype(np.float64), r.astype(np.float64)
@@ -297,5 +304,5 @@ def _concordance(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * (a0 @ b0) / spread) if spread > 0 else 1.0
 
 
-def _zero_fraction(counts: Matrix) -> np.ndarray:
-    return 1 - np.asarray((counts != 0).sum(axis=0)).ravel() / counts.shape[0]
+def _zero_fraction(values: Matrix) -> np.ndarray:
+    return 1 - np.asarray((values != 0).sum(axis=0)).ravel() / values.shape[0]
