@@ -11,6 +11,7 @@ from scipy import stats
 from exprgen.likelihoods import (
     ContaminatedNegativeBinomial,
     NegativeBinomial,
+    Start,
     draw_negative_binomial,
     negative_binomial_log_prob,
 )
@@ -228,7 +229,7 @@ def _contaminated_pmf(x, mean, theta):
 def test_outliers_are_geometric_numbers_in_place_of_counts():
     x, log_mean, log_theta = _cells(per_cell=False)
     likelihood = _contaminated(np.exp(log_theta))
-    assert float(likelihood.outlier_rate) == pytest.approx(RATE)
+    np.testing.assert_allclose(likelihood.outlier_rate, RATE)
     assert float(likelihood.outlier_mean) == pytest.approx(OUTLIER_MEAN)
     theta, mean = np.exp(log_theta), np.exp(log_mean)
     clean = np.log1p(-RATE) + stats.nbinom.logpmf(x, theta, theta / (theta + mean))
@@ -245,7 +246,7 @@ def test_gradient_with_outliers_is_that_of_finite_differences():
     names = [name for name, _ in likelihood.named_parameters()]
 
     def value(location, *parameters):
-        given = dict(zip(names, parameters, strict=True))
+        given = dict(zip(names, parameters, strict=True)) | dict(likelihood.named_buffers())
         return torch.func.functional_call(
             likelihood, given, (counts, location), strict=True, tie_weights=False
         )
@@ -253,6 +254,16 @@ def test_gradient_with_outliers_is_that_of_finite_differences():
     likelihood.forward = likelihood.log_prob
     location = torch.from_numpy(log_mean[:5] / 3).requires_grad_()
     assert torch.autograd.gradcheck(value, (location, *likelihood.parameters()))
+
+
+def test_rare_genes_have_outliers_as_rarely_as_they_are_detected():
+    total, n_obs = torch.tensor([1.0, 100.0, 5000.0]), 1000
+    likelihood = _contaminated([1.0, 1.0, 1.0])
+    likelihood.initialize(Start(n_obs, total, total, total, torch.zeros(3)))
+    detected = 1 - np.exp(-total.numpy() / n_obs)
+    np.testing.assert_allclose(likelihood.outlier_rate, RATE * detected, rtol=1e-4)
+    # So a gene's outliers are a bounded share of what it is counted at all.
+    assert (likelihood.background.numpy() <= RATE * OUTLIER_MEAN * total.numpy() / n_obs).all()
 
 
 @pytest.mark.parametrize(("mean", "theta"), [(0.05, 1.0), (5.0, 0.5), (15.0, 1e4), (300.0, 3.0)])

@@ -350,3 +350,13 @@ def test_initialize_starts_from_mean_expression_and_dispersion(observed):
         np.testing.assert_allclose(started[:5], theta[:5], rtol=0.15)
     # A gene of a handful of counts starts from the common value.
     assert started[5] == pytest.approx(5, rel=0.3)
+
+
+def test_depth_far_outside_training_is_one_that_a_cell_could_have():
+    depth = Depth(1, 0, observed=False)
+    library = torch.tensor([100.0, 200.0, 1000.0]).double()
+    depth.fit(library, torch.ones(3, 1), torch.full((3,), -1))
+    offset = depth.offset(torch.ones(3, 1), torch.full((3,), -1))
+    last = depth.standardise(torch.tensor([-50.0, np.log(500.0), 64.0]), offset)
+    log_depth = depth.log_depth(depth.within_reach(last, offset), offset)
+    np.testing.assert_allclose(log_depth.exp(), [10.0, 500.0, 10_000.0], rtol=0.01)

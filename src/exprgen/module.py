@@ -137,8 +137,10 @@ class ExpressionModule(BaseModuleClass):
         """
         last = None if log_depth is None else self.space.standardised_depth(log_depth, c)
         y = self.density.sample(self.space.features.conditions(c), generator, last)
-        decoded = self.space.decode(y, c, effect)
-        return y, decoded if log_depth is None else self.space.at_depth(decoded, log_depth)
+        if log_depth is None:
+            y = self.space.within_reach(y, c)
+            return y, self.space.decode(y, c, effect)
+        return y, self.space.at_depth(self.space.decode(y, c, effect), log_depth)
 
     @torch.no_grad()
     def log_likelihood(

@@ -14,12 +14,15 @@ only, about one in ten of a droplet experiment; the form is exact, and stays fin
 Droplet data can hold isolated counts that no dispersion explains: a gene seen at most twice in any
 cell, and 40 times in one. A negative binomial answers such a count with a tiny :math:`\theta`, and
 then every other cell is drawn too dispersed. The *contaminated* negative binomial, after Tukey's
-contaminated normal, replaces a small share :math:`\varepsilon` of all counts by geometric numbers
-from 1 up, with which the split into zeros and others stays what it was:
+contaminated normal, replaces a small share of a gene's counts by geometric numbers from 1 up:
 
 .. math::
-    p(0) = (1-\varepsilon)\,\mathrm{NB}(0), \qquad
-    p(x) = (1-\varepsilon)\,\mathrm{NB}(x) + \varepsilon\,(1-q)\,q^{x-1} \quad (x \ge 1).
+    p(0) = (1-\varepsilon_g)\,\mathrm{NB}(0), \qquad
+    p(x) = (1-\varepsilon_g)\,\mathrm{NB}(x) + \varepsilon_g\,(1-q)\,q^{x-1} \quad (x \ge 1),
+
+with :math:`\varepsilon_g = \varepsilon\,(1 - e^{-\bar x_g})`: a gene has outliers in proportion to
+how often it is detected at all in training (as a Poisson count of its mean would be). With one
+rate for all genes rare ones would consist of outliers.
 
 """
 
@@ -51,6 +54,8 @@ _LARGEST_LOG_MEAN = np.log(1e9)
 # The inverse dispersion that genes start from, and what it weighs against a gene's own counts,
 # as a sum of squared expected counts.
 _PRIOR_DISPERSION, _PRIOR_EVIDENCE = 5.0, 50.0
+# A cell's state changes the inverse dispersion of a gene by a factor of at most 20.
+_LARGEST_CHANGE = 3.0
 # Where outliers have a component of their own, the inverse dispersion of no gene starts below.
 _SMALLEST_START = 2.0
 
@@ -202,7 +207,8 @@ class NegativeBinomial(Likelihood):
         log_dispersion = self.log_dispersion.to(location.dtype)
         if extra is None or not self._has_dispersion_head:
             return log_dispersion
-        return log_dispersion + extra[:, 0]
+        # Far out in the latent space a linear head would say that θ is 0.
+        return log_dispersion + extra[:, 0].clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
 
     @torch.no_grad()
     def initialize(self, start: Start) -> None:
@@ -247,15 +253,18 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
         See :class:`~exprgen.likelihoods.NegativeBinomial`.
     """
 
+    detection: Tensor
+
     def __init__(self, n_vars: int, *, dispersion: Dispersion = "gene") -> None:
         super().__init__(n_vars, dispersion=dispersion)
-        self.outlier_logit = nn.Parameter(torch.tensor(-8.0))
+        self.outlier_logit = nn.Parameter(torch.tensor(-6.0))
         self.decay_logit = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("detection", torch.ones(n_vars))
 
     @property
     def outlier_rate(self) -> Tensor:
-        """Share ε of the counts that are outliers."""
-        return torch.sigmoid(self.outlier_logit)
+        """Share of each gene's counts that are outliers, ``(n_vars,)``."""
+        return torch.sigmoid(self.outlier_logit) * self.detection
 
     @property
     def outlier_mean(self) -> Tensor:
@@ -264,30 +273,32 @@ class ContaminatedNegativeBinomial(NegativeBinomial):
 
     @property
     def background(self) -> Tensor:  # type: ignore[override]
-        """Outliers per count, times their mean."""
+        """Outliers per count, times their mean, ``(n_vars,)``."""
         return self.outlier_rate * self.outlier_mean
 
     @torch.no_grad()
     def initialize(self, start: Start) -> None:
-        """As without outliers, but θ at least 2.
+        """As without outliers, but θ at least 2; and how often genes are detected.
 
         A few outliers make the moments of a rare gene those of a θ near 0, from where it would
         take most of the training to come back.
         """
         super().initialize(start)
         self.log_dispersion.clamp_(min=np.log(_SMALLEST_START))
+        self.detection.copy_(-torch.expm1(-start.expected / start.n_obs))
 
     def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``."""
         dtype = location.dtype
         log_dispersion = self._log_theta(location, extra)
-        logit, decay = self.outlier_logit.to(dtype), self.decay_logit.to(dtype)
+        rate, decay = self.outlier_rate.to(dtype), self.decay_logit.to(dtype)
         nonzero = Nonzero.of(x.to(dtype))
         log_zero, terms = _at_nonzero(nonzero, location, log_dispersion)
         geometric = logsigmoid(-decay) + (nonzero.counts - 1) * logsigmoid(decay)
         # With 1 - ε taken out of the sum over all genes, the odds of ε are left.
-        terms = torch.logaddexp(log_zero + terms, logit + geometric) - log_zero
-        at_zero = sum_at_zero(location, log_dispersion) + x.shape[1] * logsigmoid(-logit)
+        log_odds = nonzero.of_gene_or_cell(torch.logit(rate))
+        terms = torch.logaddexp(log_zero + terms, log_odds + geometric) - log_zero
+        at_zero = sum_at_zero(location, log_dispersion) + torch.log1p(-rate).sum()
         return nonzero.add_to_rows(at_zero, terms)
 
     def draw(

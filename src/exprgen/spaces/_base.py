@@ -136,6 +136,10 @@ class Space(nn.Module, ABC):
         """The same at a depth that holds whatever a donor's effect is; without depth, as it is."""
         return decoded
 
+    def within_reach(self, y: Tensor, c: Tensor) -> Tensor:
+        """The same y, ``(n_obs, n_dims)``, but for depths that no cell could have."""
+        return y
+
     def standardised_depth(self, log_depth: Tensor, c: Tensor) -> Tensor:
         """The last coordinate of y that stands for a log depth, both ``(n_obs,)``.
 

@@ -25,6 +25,8 @@ __all__ = ["Depth"]
 # A donor's mean log depth is shrunk towards 0 as if one more batch of cells without any
 # deviation had been seen.
 _DONOR_PRIOR_CELLS = 20.0
+# Drawn log depths leave the range of training by at most a factor of ten.
+_BEYOND = 2.3
 
 
 class Depth(nn.Module):
@@ -44,6 +46,7 @@ class Depth(nn.Module):
     donor_offset: Tensor
     scale: Tensor
     prior_precision: Tensor
+    reach: Tensor
 
     def __init__(self, n_inputs: int, n_donors: int, *, observed: bool) -> None:
         super().__init__()
@@ -52,6 +55,7 @@ class Depth(nn.Module):
         self.register_buffer("donor_offset", torch.zeros(n_donors))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("prior_precision", torch.ones(()))
+        self.register_buffer("reach", torch.tensor([-torch.inf, torch.inf]))
 
     @torch.no_grad()
     def fit(self, library: Tensor, inputs: Tensor, donors: Tensor) -> None:
@@ -79,6 +83,8 @@ class Depth(nn.Module):
             offset = total / (n_cells + _DONOR_PRIOR_CELLS)
             self.donor_offset.copy_(offset)
             residual = residual - torch.where(known, offset[donors.clamp(min=0)], 0.0)
+        self.reach[0] = log_depth.min() - _BEYOND
+        self.reach[1] = log_depth.max() + _BEYOND
         variance = residual.var(unbiased=False).clamp(min=1e-4)
         measurement = 0.0 if self.observed else library.clamp(min=0.5).reciprocal().mean()
         self.scale.copy_(variance.sqrt())
@@ -118,6 +124,14 @@ class Depth(nn.Module):
     def standardise(self, log_depth: Tensor, offset: Tensor) -> Tensor:
         """Log depth -> the last coordinate of y."""
         return (log_depth - offset) / self.scale
+
+    def within_reach(self, last: Tensor, offset: Tensor) -> Tensor:
+        """The last coordinate of y, moved to where depth is one that a cell could have.
+
+        Far outside the trained conditions a linear law can say that depth is e to the 60.
+        """
+        low, high = (self.standardise(bound, offset) for bound in self.reach)
+        return last.clamp(low, high)
 
     def log_depth(self, last: Tensor, offset: Tensor) -> Tensor:
         """The last coordinate of y -> log depth."""

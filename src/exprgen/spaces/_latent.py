@@ -152,6 +152,11 @@ class LatentSpace(Space):
         location = decoded.location.log_softmax(-1) + log_depth[:, None]
         return decoded._replace(location=location)
 
+    def within_reach(self, y: Tensor, c: Tensor) -> Tensor:
+        """The same y, with drawn depths moved to the range of training, times ten either way."""
+        last = self.depth.within_reach(y[:, -1], self.depth_offset(c))
+        return torch.cat([y[:, :-1], last[:, None]], 1)
+
     def standardised_depth(self, log_depth: Tensor, c: Tensor) -> Tensor:
         """The last coordinate of y that stands for a log depth, both ``(n_obs,)``."""
         return self.depth.standardise(log_depth, self.depth_offset(c))
