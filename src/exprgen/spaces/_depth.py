@@ -55,7 +55,7 @@ class Depth(nn.Module):
         self.register_buffer("donor_offset", torch.zeros(n_donors))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("prior_precision", torch.ones(()))
-        self.register_buffer("reach", torch.tensor([-torch.inf, torch.inf]))
+        self.register_buffer("reach", torch.tensor([-50.0, 50.0]))
 
     @torch.no_grad()
     def fit(self, library: Tensor, inputs: Tensor, donors: Tensor) -> None:
