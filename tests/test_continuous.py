@@ -170,13 +170,15 @@ def test_scaled_values_without_a_peak_come_back_with_their_moments():
             {"likelihood": "mixture_of_gaussians", "dispersion": "gene-cell"},
             "dispersion='gene-cell'",
         ),
-        (CondVAE, {"dropout": 1.0}, "dropout"),
+        (CondVAE, {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        (NBVAE, {"dropout": "a"}, r"dropout must be a number in \[0, 1\), got 'a'"),
+        (NBVAE, {"dropout": True}, "dropout must be a number"),
     ],
 )
 def test_wrong_arguments_are_named(model, wrong, message):
     adata = _adata()
     model.setup_anndata(adata, layer="counts" if model.needs_counts else "x")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         model(adata, seed=0, **wrong)
 
 

@@ -41,7 +41,7 @@ from faults import (
 )
 from scipy import sparse
 
-from exprgen import NBVAE
+from exprgen import NBVAE, CondVAE
 from exprgen._errors import (
     CovariateError,
     DataQualityWarning,
@@ -260,6 +260,41 @@ def test_A19_count_beyond_float32(adata):
     with_count(adata, 2.0**24 + 2)
     with warned(DataQualityWarning, "adata.layers['counts']", "1 value above 2**24", "16777218"):
         NBVAE.setup_anndata(adata, layer="counts")
+
+
+@parametrize("value", [1e39, -1e39, 1e300])
+def test_a_value_beyond_float32_is_infinite(adata, plain, value):
+    counts = adata.layers["counts"].toarray().astype(np.float64)
+    counts[7, 3] = value
+    adata.layers["counts"], adata.X = counts, counts
+    names = "1 value that is infinite in float32 (above 3.4e38)", "'cell_7', gene 'gene_3'"
+    for model in (NBVAE, CondVAE):
+        with refused(SetupError, "adata.layers['counts']", *names, of=adata):
+            model.setup_anndata(adata, layer="counts")
+    with refused(SetupError, "adata.X", *names, of=adata):
+        plain.log_likelihood(adata, n_samples=2)
+
+
+@parametrize("factor", [1e16, -1e16, 1e30])
+def test_values_whose_squares_are_no_numbers_are_refused(adata, factor):
+    adata.X = adata.X.toarray().astype(np.float64) * factor
+    with refused(SetupError, "adata.X", "values as large as", "up to 1e+15", "unit", of=adata):
+        CondVAE.setup_anndata(adata)
+    adata.X /= np.abs(adata.X).max() / 1e15
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataQualityWarning)
+        CondVAE.setup_anndata(adata)
+    model = CondVAE(adata, seed=0, n_hidden=8, n_latent=2)
+    model.train(1, progress_bar=False)
+    predicted = model.predict(n_samples=20, copy=True)
+    assert np.isfinite(predicted.layers["exprgen_mean"]).all()
+    assert np.isfinite(predicted.layers["exprgen_std"]).all()
+
+
+@parametrize("wrong", ["yes", 1, None])
+def test_allow_non_integer_is_true_or_false(adata, wrong):
+    names = "allow_non_integer must be True or False", repr(wrong)
+    setup_is_refused(adata, TypeError, *names, allow_non_integer=wrong)
 
 
 def test_A20_empty_cells(adata):

@@ -19,6 +19,7 @@ from scipy import sparse
 
 __all__ = ["MatrixSummary", "Reader", "as_reader", "read_rows", "scan"]
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_INTEGERS = 2**24  # float32 holds every integer up to here, and not beyond
 BLOCK_VALUES = 2**24  # dense values looked at in one go, 128 MiB in float64
 
@@ -154,7 +155,8 @@ class MatrixSummary:
     minimum, maximum
         Over all values but NaN.
     n_negative, n_non_integer, n_nan, n_inf
-        How many values are so; an infinite value counts as an integer.
+        How many values are so; infinite are those that float32, in which rows are read, holds as
+        infinite, and they count as integers if they are.
     first_negative, first_non_integer, first_nan, first_inf
         Row and column of the first of them in reading order, None if there is none.
     n_above_2_24
@@ -222,7 +224,7 @@ def scan(matrix: Any, *, block: int = 4096) -> MatrixSummary:
             "negative": data < 0,
             "non_integer": (np.rint(data) != data) & ~nan,
             "nan": nan,
-            "inf": np.isinf(data),
+            "inf": np.abs(data) > FLOAT32_MAX,
         }.items():
             counts[name] += int(wrong.sum())
             if first[name] is None and wrong.any():

@@ -55,6 +55,7 @@ __all__ = [
 
 logger = logging.getLogger("exprgen")
 
+LARGEST = 1e15  # a variance may be a thousand times its square
 LARGEST_LOG = 50.0  # log1p of any expression stays far below
 RESERVED = ("_exprgen", "_scvi_conditions")
 
@@ -189,6 +190,11 @@ def check_setup_data(
     if adata.n_obs < minimum_cells:
         raise SetupError(f"adata has {adata.n_obs} cells, the minimum is {minimum_cells}.")
     _check_finite(adata, summary, where)
+    if (largest := max(summary.maximum, -summary.minimum)) > LARGEST:
+        raise SetupError(
+            f"{where} has values as large as {largest:.3g}; up to {LARGEST:.0e} can be modelled, "
+            "as their squares must be float32 numbers. Choose another unit, or mend the values."
+        )
     if summary.zero_genes.all():
         raise SetupError(f"{where} holds nothing but 0, shape {adata.shape}.")
     if needs_counts:
@@ -265,7 +271,7 @@ def _check_finite(adata: AnnData, summary: MatrixSummary, where: str) -> None:
     """Check what no model can take."""
     for n, first, what in (
         (summary.n_nan, summary.first_nan, "missing (NaN)"),
-        (summary.n_inf, summary.first_inf, "infinite"),
+        (summary.n_inf, summary.first_inf, "infinite in float32 (above 3.4e38)"),
     ):
         if first is not None:
             raise SetupError(
