@@ -56,9 +56,10 @@ class Linear(nn.Module):
         self.depth = SimpleNamespace(observed=observed)
         self.standardised_depth = lambda log_depth, c: log_depth - 0.5
         self.likelihood = SimpleNamespace(
+            is_count=True,
             log_prob=lambda x, location, extra=None: (
                 distributions.Normal(location, NOISE_SD).log_prob(x).sum(-1)
-            )
+            ),
         )
         self.prior, self.shift, self.widen, self.donors = prior, shift, widen, None
 
