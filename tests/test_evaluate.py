@@ -10,7 +10,7 @@ from planted import GROUP, all_faults, shuffled_genes, thirds, without_type
 from scipy import sparse, stats
 
 from exprgen import datasets, tl
-from exprgen._errors import GeneMismatchError
+from exprgen._errors import CovariateError, GeneMismatchError
 from exprgen.tl._baselines import independent_nb, nb_copula
 from exprgen.tl._report import COLUMNS, METRICS
 
@@ -333,6 +333,104 @@ def test_evaluate_says_what_is_wrong(cells):
 
 
 # Baselines
+
+
+def _with(adata, **obs):
+    adata = adata.copy()
+    for key, values in obs.items():
+        adata.obs[key] = values
+    return adata
+
+
+def test_evaluate_names_arguments_of_another_type(cells):
+    train, test, same = cells
+    for wrong in (None, "cells.h5ad", [same], {"a": None}):
+        with pytest.raises(TypeError, match=r"synthetic.* must be an AnnData"):
+            _run(train, test, wrong)
+    with pytest.raises(TypeError, match="train must be an AnnData, got NoneType"):
+        _run(None, test, same)
+    with pytest.raises(TypeError, match="test must be an AnnData, got DataFrame"):
+        _run(train, test.to_df(), same)
+    for options in ({"metrics": 5}, {"metrics": [5]}, {"groupby": 5}, {"baselines": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be a name, a list"):
+            _run(train, test, same, **options)
+    for seed in (None, 1.5, -1, "a"):
+        with pytest.raises(ValueError, match="seed must be a whole number of at least 0"):
+            _run(train, test, same, seed=seed)
+    with pytest.raises(ValueError, match="names are the same as text"):
+        _run(train, test, {1: same, "1": same})
+
+
+def test_missing_labels_are_no_group(cells):
+    labels = cells[0].obs[GROUP].astype(object).to_numpy(copy=True)
+    labels[:12] = np.nan
+    for i, name in enumerate(["train", "test", "synthetic 'synthetic'"]):
+        given = list(cells)
+        given[i] = _with(given[i], **{GROUP: labels[: given[i].n_obs]})
+        first = given[i].obs_names[0]
+        with pytest.raises(
+            CovariateError, match=rf"{name}.obs\['cell_type'\] has 12 .* \(cells '{first}'"
+        ):
+            _run(*given)
+
+
+def test_groups_of_several_columns_are_never_merged(cells):
+    split = [
+        _with(
+            adata,
+            a=np.where(np.arange(adata.n_obs) % 2, "x | y", "x"),
+            b=np.where(np.arange(adata.n_obs) % 2, "z", "y | z"),
+        )
+        for adata in cells
+    ]
+    report = _run(*split, groupby=["a", "b"], metrics="variation", n_repeats=1)
+    assert len(report.attrs["groups"]) == 2
+
+
+def test_held_out_cells_are_on_one_side_only(cells):
+    train, test, same = cells
+    options = {"metrics": "variation", "n_repeats": 1}
+    leaking = ad.concat([train, test[:7, ::-1]])
+    with pytest.raises(ValueError, match="train has 7 of test's very cells"):
+        _run(leaking, test, same, **options)
+    with pytest.raises(ValueError, match=r"synthetic 'm' has 29\d of test's very cells"):
+        _run(train, test, {"m": test}, **options)
+    # The names alone prove nothing, and neither do the counts.
+    renamed = same.copy()
+    renamed.obs_names = test.obs_names[: same.n_obs]
+    _run(train, test, renamed, **options)
+    copies = test.copy()
+    copies.obs_names = copies.obs_names + "_copy"
+    _run(train, test, copies, **options)
+
+
+def test_cells_without_anything_are_refused_and_a_single_gene_is_enough(cells):
+    train, test, same = cells
+    with pytest.raises(ValueError, match="test has no genes"):
+        _run(*(adata[:, :0].copy() for adata in cells))
+    with pytest.raises(ValueError, match="train has no cells"):
+        _run(train[:0].copy(), test, same)
+    empty = same.copy()
+    empty.layers["counts"] = empty.layers["counts"] * 0
+    with pytest.raises(ValueError, match="synthetic 'synthetic' has no counts"):
+        _run(train, test, empty)
+    rows = _rows(
+        _run(*(adata[:, :1].copy() for adata in cells), metrics=QUICK, n_repeats=1), "synthetic"
+    )
+    for name in METRICS_OF["memorisation"]:
+        assert rows["verdict"][name] in ("undefined", "no control")
+        assert "single gene" in rows["note"][name]
+
+
+def test_cells_in_an_open_file_are_those_in_memory(cells, tmp_path):
+    opened = []
+    for i, adata in enumerate(cells):
+        ad.AnnData(adata.layers["counts"], obs=adata.obs, var=adata.var).write_h5ad(
+            tmp_path / f"{i}.h5ad"
+        )
+        opened.append(ad.read_h5ad(tmp_path / f"{i}.h5ad", backed="r"))
+    options = {"metrics": "variation", "n_repeats": 1}
+    pd.testing.assert_frame_equal(_run(*opened, layer=None, **options), _run(*cells, **options))
 
 
 def _counts(mean, theta, n, seed):

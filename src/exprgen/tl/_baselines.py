@@ -26,6 +26,7 @@ import numpy as np
 from scipy import sparse
 
 from exprgen.tl._halves import Cells
+from exprgen.tl._names import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,7 @@ def check_baselines(baselines: bool | Sequence[str]) -> list[str]:
     """Names of the baselines that are asked for."""
     if isinstance(baselines, bool):
         return list(BASELINES) if baselines else []
-    names = [baselines] if isinstance(baselines, str) else list(baselines)
+    names = check_names(baselines, "baselines", "True, False")
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise ValueError(f"baselines has {unknown[0]!r}; allowed are {', '.join(BASELINES)}.")

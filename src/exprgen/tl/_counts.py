@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from exprgen._errors import GeneMismatchError, name_some
+from exprgen._matrix import as_reader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +19,8 @@ __all__ = ["gene_positions", "read_counts"]
 
 def read_counts(adata: AnnData, layer: str | None, *, name: str) -> sp.csr_matrix:
     """Counts as CSR float32, shape ``(n_obs, n_vars)``; refuses what cannot be counts.
+
+    Of an object that is open in a file, they are read into memory.
 
     Raises
     ------
@@ -31,7 +34,12 @@ def read_counts(adata: AnnData, layer: str | None, *, name: str) -> sp.csr_matri
             f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "
             "Name the layer with counts, or layer=None for .X."
         )
-    counts = sp.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
+    values = adata.X if layer is None else adata.layers[layer]
+    if values is None:
+        raise KeyError(f"{name} has no .X; name the layer with counts as layer=.")
+    if not (sp.issparse(values) or isinstance(values, np.ndarray)) and adata.n_obs:
+        values = as_reader(values).block(0, adata.n_obs)
+    counts = sp.csr_matrix(values, dtype=np.float32)
     bad = ~np.isfinite(counts.data) | (counts.data < 0) | (counts.data != np.rint(counts.data))
     if bad.any():
         where = ".X" if layer is None else f".layers[{layer!r}]"

@@ -24,7 +24,8 @@ import numpy as np
 from exprgen._errors import name_some
 from exprgen.tl._baselines import baseline_cells, check_baselines
 from exprgen.tl._gather import collect, remarks, seconds, worst_first
-from exprgen.tl._halves import cut, half_sizes, read, short_of
+from exprgen.tl._halves import cut, half_sizes, read, same_cells, short_of
+from exprgen.tl._names import check_names
 from exprgen.tl._repeats import Plan, run, schedule
 from exprgen.tl._report import METRICS, RULE, assemble, check_metrics
 from exprgen.tl._store import check_target, store
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+
+    from exprgen.tl._halves import Cells
 
 __all__ = ["evaluate"]
 
@@ -166,9 +169,14 @@ def evaluate(
         The objects differ in their genes (order does not matter).
     KeyError
         A column of ``groupby`` or the layer is missing.
+    CovariateError
+        A label in such a column is missing.
+    TypeError
+        An argument is of another type.
     ValueError
-        No counts, too few held-out cells, too few (but some) synthetic cells of a group, a name
-        that ``metrics`` or ``baselines`` does not know, or a ``key_added`` that is taken.
+        No counts, cells of ``test`` (by name and counts) on another side, too few held-out cells,
+        too few (but some) synthetic cells of a group, a name that ``metrics`` or ``baselines``
+        does not know, or a ``key_added`` that is taken.
     """
     start = perf_counter()
     _check_numbers(
@@ -177,17 +185,26 @@ def evaluate(
         max_cells_classifier=max_cells_classifier,
         max_genes=max_genes,
         n_jobs=n_jobs,
+        seed=seed,
     )
     wanted = check_metrics(metrics)
     made = check_baselines(baselines)
-    check_target(test, key_added)
+    for name, adata in (("train", train), ("test", test)):
+        _check_anndata(adata, name)
     named = _named(synthetic, made)
-    held_out = read(test, test, groupby, layer, name="test")
-    trained = read(train, test, groupby, layer, name="train")
+    check_target(test, key_added)
+    keys = None if groupby is None else check_names(groupby, "groupby")
+    held_out = read(test, test, keys, layer, name="test")
+    trained = read(train, test, keys, layer, name="train")
+    if not len(trained):
+        raise ValueError("train has no cells; give those that the model was trained on.")
     candidates = {
-        name: read(adata, test, groupby, layer, name=f"synthetic {name!r}")
+        name: read(adata, test, keys, layer, name=f"synthetic {name!r}")
         for name, adata in named.items()
     }
+    _refuse_test_cells(held_out, test, "train", trained, train)
+    for name, adata in named.items():
+        _refuse_test_cells(held_out, test, f"synthetic {name!r}", candidates[name], adata)
     half = cut(half_sizes(held_out), max_cells)
     missing = {name: short_of(cells, half, name) for name, cells in candidates.items()}
     notes: dict[tuple[str, str], str] = {}
@@ -249,9 +266,18 @@ def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> 
         if not synthetic:
             raise ValueError("synthetic is an empty mapping; give at least one model's cells.")
         named = {str(name): adata for name, adata in synthetic.items()}
+        if len(named) < len(synthetic):
+            raise ValueError(
+                f"synthetic has models whose names are the same as text: {list(synthetic)}; name "
+                "them otherwise."
+            )
+        for name, adata in named.items():
+            _check_anndata(adata, f"synthetic[{name!r}]")
     else:
+        _check_anndata(synthetic, "synthetic", " or a mapping of names to such")
         provenance = synthetic.uns.get("exprgen", {})
-        named = {str(provenance.get("model", "synthetic")): synthetic}
+        model = provenance.get("model") if isinstance(provenance, Mapping) else None
+        named = {str(model or "synthetic"): synthetic}
     taken = [name for name in named if name in baselines or not name]
     if taken:
         raise ValueError(
@@ -261,11 +287,31 @@ def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> 
     return named
 
 
+def _check_anndata(value: object, name: str, others: str = "") -> None:
+    from anndata import AnnData
+
+    if not isinstance(value, AnnData):
+        raise TypeError(f"{name} must be an AnnData{others}, got {type(value).__name__}.")
+
+
+def _refuse_test_cells(
+    held_out: Cells, test: AnnData, name: str, cells: Cells, adata: AnnData
+) -> None:
+    """Of cells that a model has seen, or that are compared with themselves, nothing is learned."""
+    same = same_cells(held_out, test.obs_names, cells, adata.obs_names)
+    if same:
+        raise ValueError(
+            f"{name} has {len(same)} of test's very cells (the same names and counts, e.g. "
+            f"{name_some(same)}). Held-out cells must be neither trained on nor compared with "
+            "themselves: leave them out on one side."
+        )
+
+
 def _check_numbers(**given: int | None) -> None:
     """Counts: whole, and large enough to compare anything."""
-    lowest = {"max_cells": 10, "max_cells_classifier": 10}
+    lowest = {"max_cells": 10, "max_cells_classifier": 10, "seed": 0}
     for name, value in given.items():
-        if value is None and name != "n_repeats":
+        if value is None and name not in ("n_repeats", "seed"):
             continue
         least = lowest.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:

@@ -7,26 +7,34 @@ the same order of groups, so that cutting both to the same positions keeps them 
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from exprgen import metrics
+from exprgen._columns import refuse_values
 from exprgen._errors import name_some
 from exprgen.tl._counts import gene_positions, read_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
     import scipy.sparse as sp
     from anndata import AnnData
 
     Sizes: TypeAlias = dict[str, int]
 
-__all__ = ["Cells", "cut", "draw", "half_sizes", "read", "short_of"]
+__all__ = ["Cells", "cut", "draw", "half_sizes", "read", "same_cells", "short_of"]
 
 _MIN_GROUP = 4  # two cells in each half: variances need them
 _MIN_HALF = 10
+_MIN_DETECTED = 10  # genes that a cell must have for its counts to identify it
+_FILL_IN = (
+    " Fill them in with a label of their own, e.g. .astype('string').fillna('unknown'), or leave "
+    "out these cells."
+)
 
 
 class Cells:
@@ -67,11 +75,27 @@ def read(
     *,
     name: str,
 ) -> Cells:
-    """Counts in the gene order of ``reference``, and one group label per cell."""
+    """Counts in the gene order of ``reference``, and one group label per cell.
+
+    Raises
+    ------
+    CovariateError
+        A label is missing.
+    GeneMismatchError
+        The genes differ.
+    KeyError
+        A column or the layer is missing.
+    ValueError
+        There are no genes, or no counts.
+    """
+    if not adata.n_vars:
+        raise ValueError(f"{name} has no genes; give at least one.")
     genes = gene_positions(adata.var_names, reference.var_names, name=name, exact=True)
     counts = read_counts(adata, layer, name=name)
     if not np.array_equal(genes, np.arange(len(genes))):
         counts = counts[:, genes]
+    if len(counts.data) == 0 < adata.n_obs or (adata.n_obs and not counts.data.any()):
+        raise ValueError(f"{name} has no counts: all values are 0 in all of its cells.")
     keys = [groupby] if isinstance(groupby, str) else list(groupby or ())
     missing = [key for key in keys if key not in adata.obs]
     if missing:
@@ -79,9 +103,47 @@ def read(
             f"{name}.obs has no column {name_some(missing)}; its columns are "
             f"{list(adata.obs.columns)}."
         )
+    for key in keys:
+        missing_labels = adata.obs[key].isna().to_numpy()
+        where = f"{name}.obs[{key!r}]"
+        refuse_values(adata.obs_names, missing_labels, where, "missing value", _FILL_IN)
     labels = [adata.obs[key].astype(str) for key in keys]
+    if len(keys) > 1:  # "a | b" with "c" is another group than "a" with "b | c"
+        labels = [
+            of.map(lambda text: text.replace("\\", "\\\\").replace("|", "\\|")) for of in labels
+        ]
     groups = [" | ".join(cell) for cell in zip(*labels, strict=True)]
     return Cells(counts, np.array(groups if keys else ["all cells"] * adata.n_obs, dtype=str))
+
+
+def same_cells(a: Cells, names_a: pd.Index, b: Cells, names_b: pd.Index) -> list[str]:
+    """Names of cells in ``a`` that are in ``b`` as well: the same name and the same counts.
+
+    Names alone are no evidence (``"0"``, ``"1"`` ... are everywhere), and neither are counts in
+    which fewer than ten genes are detected.
+    """
+    common = names_a.intersection(names_b)
+    keys = [
+        {
+            (names[i], rows.indices[start:stop].tobytes(), rows.data[start:stop].tobytes())
+            for i, (start, stop) in enumerate(pairwise(rows.indptr))
+            if stop - start >= _MIN_DETECTED
+        }
+        for rows, names in (
+            (_plain(cells.counts[found]), of[found])
+            for cells, of in ((a, names_a), (b, names_b))
+            for found in [np.flatnonzero(of.isin(common))]
+        )
+    ]
+    return sorted(name for name, *_ in keys[0] & keys[1])
+
+
+def _plain(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """The same, stored in the one way that equal rows share."""
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    counts.indices = counts.indices.astype(np.int64)
+    return counts
 
 
 def half_sizes(test: Cells) -> Sizes:

@@ -201,6 +201,8 @@ def _memorisation(c: Comparison) -> dict[str, float]:
 
     centre = c.candidate.dense.mean(axis=0)
     n_pcs = min(50, min(c.candidate.dense.shape) - 1)
+    if n_pcs < 1:
+        raise _NotApplicable("a single gene has no principal components to look for copies in")
     axes = randomized_svd(c.candidate.dense - centre, n_pcs, random_state=c.seed)[2].T
     s, t, h = (np.asarray(x.values @ axes) - centre @ axes for x in (c.candidate, c.train, c.b))
     groups: dict[str, Any] = {

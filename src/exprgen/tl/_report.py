@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from exprgen.tl._names import check_names
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -110,7 +112,7 @@ def check_metrics(wanted: str | Iterable[str] | None) -> list[str] | None:
     """Names of metrics and families to keep; None for all."""
     if wanted is None:
         return None
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = check_names(wanted, "metrics")
     unknown = [name for name in names if name not in METRICS and name not in FAMILIES]
     if unknown or not names:
         got = repr(unknown[0]) if unknown else "nothing"
