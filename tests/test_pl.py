@@ -179,3 +179,30 @@ def test_evaluation_draws_on_given_axes_and_names_what_is_missing(pbmc):
         pl.evaluation(_report(), models=["best"])
     with pytest.raises(KeyError, match=r"metrics has 'RF'"):
         pl.evaluation(_report(), metrics=["RF"])
+
+
+def test_evaluation_refuses_what_it_cannot_draw():
+    report = _report()
+    for options in ({"models": []}, {"metrics": []}):
+        with pytest.raises(ValueError, match="is empty; name some"):
+            pl.evaluation(report, **options)
+    for options in ({"models": 5}, {"metrics": [5]}):
+        with pytest.raises(TypeError, match="must be a name, a list of names, or None, got"):
+            pl.evaluation(report, **options)
+    with pytest.raises(TypeError, match="ax must be matplotlib axes, or None, got int"):
+        pl.evaluation(report, ax=5)
+    with pytest.raises(TypeError, match="report must be the table from tl.evaluate"):
+        pl.evaluation("report.csv")
+    with pytest.raises(ValueError, match="report has no rows"):
+        pl.evaluation(report[:0])
+    with pytest.raises(ValueError, match="same model and metric: 'good: RF-PC', .* and 6 more"):
+        pl.evaluation(pd.concat([report, report]))
+
+
+def test_evaluation_takes_single_names_and_values_that_are_not_there():
+    report = _report()
+    report.loc[report["model"] == "bad", ["value", "deviation"]] = np.nan
+    ax = pl.evaluation(report, models="bad", metrics="classifier", show=False)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["real vs real", "bad"]
+    assert "–" in [text.get_text() for text in ax.texts]
+    np.testing.assert_array_equal(ax.patches[1].get_facecolor(), [1, 1, 1, 1])

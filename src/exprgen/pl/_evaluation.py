@@ -9,6 +9,7 @@ import numpy as np
 
 from exprgen._errors import name_some
 from exprgen.pl._style import finish, make_axes
+from exprgen.tl._names import check_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +46,8 @@ def evaluation(
     report: pd.DataFrame | AnnData,
     *,
     key: str = "evaluation",
-    models: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
+    models: str | Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -65,9 +66,9 @@ def evaluation(
     key
         The ``key_added`` under which the AnnData has it.
     models
-        Which, in this order; None for all.
+        Which (a name or several), in this order; None for all.
     metrics
-        Metrics or families, which keep their order; None for all.
+        Metrics or families (a name or several), which keep their order; None for all.
     ax
         Axes to draw on.
     show, return_fig
@@ -81,7 +82,12 @@ def evaluation(
     ------
     KeyError
         No report under ``key``, or a column, model or metric that the report has not.
+    TypeError
+        An argument is of another type.
+    ValueError
+        No rows, no models or metrics, or two rows for one model and metric.
     """
+    _check_axes(ax)
     table = _table(report, key)
     table, columns, names = _chosen(table, models, metrics)
     rows = _positions(table)
@@ -102,6 +108,8 @@ def evaluation(
 
 
 def _table(report: pd.DataFrame | AnnData, key: str) -> pd.DataFrame:
+    import pandas as pd
+
     if hasattr(report, "uns"):
         entry = report.uns.get(key)
         if not isinstance(entry, Mapping) or "report" not in entry:
@@ -110,22 +118,43 @@ def _table(report: pd.DataFrame | AnnData, key: str) -> pd.DataFrame:
                 f"key_added={key!r}), or name the key it was kept under."
             )
         report = entry["report"]
+    if not isinstance(report, pd.DataFrame):
+        raise TypeError(
+            "report must be the table from tl.evaluate, or the AnnData that it was kept in, got "
+            f"{type(report).__name__}."
+        )
     needed = ["model", "metric", "value", "control", "control_spread", "deviation", "verdict"]
-    missing = [name for name in [*needed, "flag", "kind", "family"] if name not in report]
+    needed += ["flag", "kind", "family", "better"]
+    missing = [name for name in needed if name not in report]
     if missing:
         raise KeyError(
             f"report has no column {name_some(missing)}; give what tl.evaluate returned."
+        )
+    if report.empty:
+        raise ValueError("report has no rows; give what tl.evaluate returned.")
+    twice = report[report.duplicated(["model", "metric"])]
+    if len(twice):
+        named = [f"{entry.model}: {entry.metric}" for entry in twice.itertuples()]
+        raise ValueError(
+            f"report has rows for the same model and metric: {name_some(named)}. Give one report, "
+            "or rename the models of others."
         )
     return report
 
 
 def _chosen(
-    table: pd.DataFrame, models: Sequence[str] | None, metrics: Sequence[str] | None
+    table: pd.DataFrame, models: str | Sequence[str] | None, metrics: str | Sequence[str] | None
 ) -> tuple[pd.DataFrame, dict[str, float], dict[str, str]]:
     """The rows to draw, the position of every model, and its kind."""
     kinds = dict(zip(table["model"], table["kind"], strict=True))
     known = {"models": list(kinds), "metrics": [*table["metric"], *table["family"]]}
+    models, metrics = (
+        given if given is None else check_names(given, argument)
+        for argument, given in (("models", models), ("metrics", metrics))
+    )
     for argument, given in (("models", models), ("metrics", metrics)):
+        if given == []:
+            raise ValueError(f"{argument} is empty; name some, or leave {argument}=None for all.")
         wrong = [name for name in given or () if name not in known[argument]]
         if wrong:
             raise KeyError(
@@ -144,6 +173,13 @@ def _chosen(
     return table, columns, kinds
 
 
+def _check_axes(ax: object) -> None:
+    from matplotlib.axes import Axes
+
+    if not (ax is None or isinstance(ax, Axes)):
+        raise TypeError(f"ax must be matplotlib axes, or None, got {type(ax).__name__}.")
+
+
 def _has_gap(columns: Mapping[str, float]) -> bool:
     return bool(max(columns.values()) > len(columns) + 0.2)
 
@@ -160,6 +196,8 @@ def _positions(table: pd.DataFrame) -> dict[str, float]:
 
 
 def _shade(entry: Any) -> _Shade:
+    if np.isnan(entry.value) or np.isnan(entry.deviation):
+        return _NONE
     if entry.verdict == "off":
         return next(shade for shade in _OFF if entry.deviation <= shade.up_to)
     return {"as real": _AS_REAL, "close": _CLOSE}.get(entry.verdict, _NONE)
