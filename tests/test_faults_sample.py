@@ -780,3 +780,12 @@ def test_D09_failure_half_way(model, adata, name, again, monkeypatch):
     with refused(OSError, "no space left", of=adata):
         VERBS[name](model, adata)
     assert n_written >= 2
+
+
+@parametrize("given", [5, [1], np.ones(N_VARS), "gene_0"], ids=str)
+def test_log_fold_changes_of_the_wrong_type(given):
+    names = "log_fold_change must be a mapping or Series by gene", type(given).__name__
+    with refused(TypeError, *names):
+        trained_on_all_roles().sample(T0, log_fold_change=given)
+    with refused(TypeError, "log_fold_change must hold numbers", "'x'"):
+        trained_on_all_roles().sample(T0, log_fold_change={"gene_0": "x"})

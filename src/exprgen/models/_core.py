@@ -20,7 +20,7 @@ from exprgen._random import isolated, resolve_seed
 from exprgen.likelihoods._gaussian import Rectified
 from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
 from exprgen.models._fields import CONDITIONS_KEY, encode_cells
-from exprgen.models._mudata import home_of, own_names, read_modality, target_of
+from exprgen.models._mudata import home_of, in_modality, own_names, read_modality, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,6 +47,12 @@ class ModelCore(BaseModelClass):
         *,
         seed: int | None = None,
     ) -> None:
+        if isinstance(adata, MuData) and self._get_most_recent_anndata_manager(adata) is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"mdata is not set up for {name}: call {name}.setup_mudata(mdata, modality=...) "
+                "first."
+            )
         super().__init__(adata, registry)
         self.seed_ = resolve_seed(seed)
         self.schema = ConditionSchema.from_dict(self._setup_state["schema"])
@@ -169,12 +175,13 @@ class ModelCore(BaseModelClass):
         given = self._own_data() if given is None else given
         adata = self._readable(given)
         layer = self._setup_args["layer"]
-        summary = _validate.check_query_data(
-            adata,
-            layer,
-            needs_counts=self.needs_counts,
-            allow_non_integer=self._setup_args["allow_non_integer"],
-        )
+        with in_modality(None if adata is given else self._setup_args["modality"]):
+            summary = _validate.check_query_data(
+                adata,
+                layer,
+                needs_counts=self.needs_counts,
+                allow_non_integer=self._setup_args["allow_non_integer"],
+            )
         order = _validate.align_genes(adata.var_names, self.var_names)
         reader = GeneReader(_validate.matrix_of(adata, layer), order)
         totals = summary.row_totals if order is None else reader.totals()

@@ -133,6 +133,12 @@ def encode_cells(
 ) -> np.ndarray:
     """Encoded conditions of an AnnData's cells, ``(n_obs, width)``, range not checked."""
     table, embedding = schema.parse(adata, argument="adata")
+    if missing := schema.missing(table, embedding):
+        raise CovariateError(
+            f"The cells lack {name_some(missing, 20)}. The model requires "
+            f"{name_some(schema.condition_keys, 20)} of every cell, under these names in obs"
+            + (f" (in obsm: {schema.embedding_key!r})." if schema.embedding_key else ".")
+        )
     with warnings.catch_warnings():
         # Setup has warned of what these say.
         warnings.simplefilter("ignore", DataQualityWarning)

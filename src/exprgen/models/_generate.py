@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
 from exprgen.models._statistics import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from mudata import MuData
 
@@ -322,11 +323,19 @@ def _planted(
                 "one per row, or a mapping by gene."
             )
     else:
-        series = pd.Series(log_fold_change, dtype=float)
+        if not isinstance(log_fold_change, Mapping | pd.Series):
+            raise TypeError(
+                "log_fold_change must be a mapping or Series by gene, or a DataFrame of rows of "
+                f"conditions x genes; got {log_fold_change!r} ({type(log_fold_change).__name__})."
+            )
+        series = pd.Series(log_fold_change, dtype=object)
         changes = pd.DataFrame([series.to_numpy()], columns=list(series.index))
         rows = np.zeros(len(query.rows), dtype=np.int64)
     genes = _arguments.check_genes(changes.columns, var_names)
-    values = changes.to_numpy(np.float64)
+    try:
+        values = changes.to_numpy(np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"log_fold_change must hold numbers: {error}.") from error
     if not np.isfinite(values).all():
         raise ValueError("log_fold_change must be finite.")
     table = np.zeros((len(values), len(var_names)), dtype=np.float32)

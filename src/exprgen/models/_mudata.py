@@ -47,6 +47,7 @@ __all__ = [
     "read_h5mu",
     "read_modality",
     "target_of",
+    "write_h5mu",
 ]
 
 _COLUMNS = {
@@ -168,23 +169,41 @@ def read_h5mu(file: Path) -> MuData:
         return mudata.read_h5mu(file)
 
 
+def write_h5mu(mdata: MuData, file: Path) -> None:
+    """Write a MuData to a file, and leave it as it is: mudata makes categories of all text."""
+    frames = [(mod, mod.obs.copy(), mod.var.copy()) for mod in mdata.mod.values()]
+    try:
+        with quietly():
+            mdata.write_h5mu(file)
+    finally:
+        for mod, obs, var in frames:
+            mod.obs, mod.var = obs, var
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
-    """For what mudata does when it makes an object.
+    """For what mudata does when it makes or writes an object.
 
-    It draws from numpy's global stream, and warns of its own next version.
+    It draws from numpy's global stream, warns of its own next version, and until that copies
+    columns of the modalities over those of the whole.
     """
-    with isolated(0), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    changed = mudata.set_options(pull_on_update=False)  # as a context it sets up logging
+    try:
+        with isolated(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        mudata.set_options(**changed.opts)
 
 
 @contextmanager
-def in_modality(name: str) -> Iterator[None]:
-    """Say in which modality an error is, where the message speaks of ``adata``."""
+def in_modality(name: str | None) -> Iterator[None]:
+    """Say in which modality, if any, an error is, where the message speaks of ``adata``."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
+        if name is None:
+            raise
         error.args = (f"In modality {name!r}: {error.args[0]}", *error.args[1:])
         raise
 
@@ -238,7 +257,8 @@ def read_modality(
         if values is not None:
             obsm[own_name(key, said)] = values
     if at_setup:
-        matrix_of(mod, layer)  # or an error that says which there are
+        with in_modality(name):
+            matrix_of(mod, layer)  # or an error that says which there are
     with warnings.catch_warnings():
         # The modality has said before if its names are repeated.
         warnings.filterwarnings("ignore", ".*names are not unique", UserWarning)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from exprgen._errors import DataQualityWarning, SetupError, closest, name_some
+from exprgen._errors import CovariateError, DataQualityWarning, SetupError, closest, name_some
 from exprgen._matrix import as_reader
 from exprgen._tables import column
 
@@ -57,6 +57,8 @@ def find_by_name(
     SetupError
         If cells are not paired or their names repeated, the name has two meanings, or an array has
         too many columns to be made dense.
+    CovariateError
+        If a modality's X holds missing or infinite values.
     """
     mod = mdata.mod[modality]
     if store == "obsm" and key in mdata.mod:
@@ -77,6 +79,13 @@ def find_by_name(
         if at_setup:
             raise KeyError(_not_found(mdata, modality, key, store, role))
         return None
+    if owner is not None and at_setup and found[0][0].startswith(f"mdata.{store}"):
+        warnings.warn(
+            f"{role}={key!r} is read from {found[0][0]}; {places[0][0]}.{store} has no "
+            f"{places[0][2]!r}, whose copy it may be: if that was deleted, del {found[0][0]}.",
+            DataQualityWarning,
+            stacklevel=4,
+        )
     if len(found) == 2 and (n := _differ(found[0][1], found[1][1])):
         where, other = found[0][0], found[1][0]
         if owner is None:
@@ -106,7 +115,15 @@ def _whole(mdata: MuData, modality: str, name: str) -> np.ndarray:
         raise SetupError(
             f"{where}.X is None, and condition_embedding_key={name!r} conditions on it."
         )
-    return _aligned(other.X, other, mdata.mod[modality], where)
+    values = _aligned(other.X, other, mdata.mod[modality], where)
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        cells = mdata.mod[modality].obs_names[bad]
+        raise CovariateError(
+            f"{where}.X (condition_embedding_key={name!r}) has missing or infinite values in "
+            f"{bad.sum()} cells: {name_some(cells)}. Fill them in, or leave out these cells."
+        )
+    return values
 
 
 def _get(place: AnnData | MuData, store: str, key: str, role: str) -> Any:

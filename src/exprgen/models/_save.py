@@ -12,6 +12,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
@@ -26,7 +27,7 @@ from exprgen import _arguments, _files, _validate
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import CheckpointError, ReproducibilityWarning, name_some
 from exprgen.models._fields import CONDITIONS_KEY
-from exprgen.models._mudata import own_names, read_h5mu
+from exprgen.models._mudata import own_names, read_h5mu, write_h5mu
 from exprgen.models._setup import SetupMixin
 
 if TYPE_CHECKING:
@@ -318,7 +319,7 @@ _MADE_UP = (
 def _data_file(data: AnnData | MuData) -> tuple[str, Callable[[Path], object]]:
     """Name of the file that a model's data are saved in, and what writes it."""
     if isinstance(data, MuData):
-        return MDATA_FILE, data.write_h5mu
+        return MDATA_FILE, partial(write_h5mu, data)
     return ADATA_FILE, data.write_h5ad
 
 
