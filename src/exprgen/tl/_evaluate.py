@@ -89,7 +89,7 @@ def evaluate(
         and ``"group mean"``.
     n_repeats
         Random halves of the held-out cells. (Controls have ten, those of forests three, or
-        ``n_repeats`` if that is more; baselines' forests have two.)
+        ``n_repeats`` if that is more; baselines' forests have one, and so no ``spread``.)
     max_cells
         Cells on each side; None for half of ``test``. Groups keep their proportions, and at least
         two cells.

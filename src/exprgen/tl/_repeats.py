@@ -25,7 +25,7 @@ CONTROL = ""
 
 _N_CONTROLS = 10  # repeats of the control: its spread is the yardstick
 _N_CONTROLS_SLOW = 3
-_N_REPEATS_SLOW = 2  # of the slow measures, for baselines
+_N_REPEATS_SLOW = 1  # of the slow measures, for baselines, which lie far from real cells
 _MAX_TRAIN = 50_000  # training cells in which copies are looked for
 
 
