@@ -167,6 +167,8 @@ class SaveMixin(SetupMixin):
             known = inspect.signature(getattr(cls, method)).parameters.keys()
             if unknown := registry["setup_args"].keys() - (known - {"adata", "mdata", "kwargs"}):
                 raise TypeError(f"{method} takes no {name_some(sorted(unknown))}")
+        with _naming(folder, "weights"):
+            _check_sizes(arguments, payload["model_state_dict"])
         for name, read in ((ADATA_FILE, ad.read_h5ad), (MDATA_FILE, read_h5mu)):
             data_file = f"{prefix or ''}{name}"
             if adata is None and data_file in manifest["files"]:  # no other has been verified
@@ -352,6 +354,18 @@ def _check_registry(registry: Mapping[str, Any]) -> None:
     several = "modality" in said
     if registry["setup_method_name"] != ("setup_mudata" if several else "setup_anndata"):
         raise ValueError(f"{registry['setup_method_name']!r} is no method of setup")
+
+
+def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Refuse networks that the weights cannot fill, before memory is asked for them."""
+    sizes = ["n_latent", "n_hidden", "n_layers"]
+    sizes += ["n_components"] * (arguments.get("density") == "mixture")
+    shapes = [tuple(value.shape) for value in weights.values() if torch.is_tensor(value)]
+    largest = max(len(shapes), *(n for shape in shapes for n in shape), 0)
+    for name in sizes:
+        size = arguments.get(name)
+        if isinstance(size, int) and size > largest:  # what else it may be, the class refuses
+            raise ValueError(f"{name} is {size}, but the largest of their dimensions {largest}")
 
 
 def _fill(module: ExpressionModule, weights: Mapping[str, Any]) -> None:
