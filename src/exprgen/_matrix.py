@@ -184,7 +184,7 @@ class MatrixSummary:
     zero_genes: np.ndarray
 
 
-def scan(matrix: Any, *, block: int = 4096) -> MatrixSummary:
+def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
     """Look at every value once, block of rows by block of rows, and count what can be wrong.
 
     Parameters

@@ -286,7 +286,7 @@ def _checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return kwargs
 
 
-def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 4096) -> DataMoments:
+def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 512) -> DataMoments:
     """Sums over the training cells, and least values, block by block."""
     n_vars = dataset.reader.shape[1]
     minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
