@@ -119,3 +119,4 @@ def test_numbers_of_things_are_whole_and_large_enough():
 
 def test_cells_that_are_all_alike_have_no_components():
     assert not np.any(m.pooled_pcs(np.ones((9, 4)), np.ones((9, 4))))
+    assert np.isnan(m.variance_ratio(np.ones((9, 4)), np.ones((9, 4))))

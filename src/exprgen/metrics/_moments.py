@@ -59,7 +59,7 @@ def variance_ratio(
     float
         Not negative; 1 is best and, up to noise, what real against real cells give; below 1 the
         synthetic cells vary too little. A gene that is constant on both sides of a group does not
-        count.
+        count; ``nan`` if all are.
 
     Raises
     ------
@@ -73,7 +73,8 @@ def variance_ratio(
         varies = (var_s > 0) | (var_r > 0)
         with np.errstate(divide="ignore"):
             ratios.append(var_s[varies] / var_r[varies])
-    return float(np.median(np.concatenate(ratios)))
+    of_all = np.concatenate(ratios)
+    return float(np.median(of_all)) if of_all.size else float("nan")
 
 
 def mean_correlation(

@@ -223,4 +223,5 @@ def _mean(x: pd.Series) -> float:
 
 
 def _sd(x: pd.Series) -> float:
-    return float(np.std(x, ddof=1)) if len(x) > 1 else float("nan")
+    # A ratio to cells that do not vary is infinite, and has no spread.
+    return float(np.std(x, ddof=1)) if len(x) > 1 and np.isfinite(x).all() else float("nan")
