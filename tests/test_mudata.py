@@ -660,7 +660,8 @@ def test_rna_given_surface_proteins(shared_data):
     NBVAE.setup_mudata(
         mdata, modality="rna", batch_key="rna:batch", condition_embedding_key="prot"
     )
-    model = NBVAE(mdata, seed=0, n_hidden=32, n_latent=4)
+    # Without outliers: their size is shared by genes, and one of LYZ's size moves a mean of CD3D.
+    model = NBVAE(mdata, seed=0, n_hidden=32, n_latent=4, likelihood="nb")
     model.train(30, progress_bar=False)
     order = np.argsort(mdata["prot"][:, "CD3_TotalSeqB"].X.ravel())
     names = mdata["prot"].obs_names
