@@ -37,7 +37,7 @@ def test_interferon_turns_isg15_on(shared_data: Callable[[str], Path]) -> None:
     adata = _read(shared_data("kang_ifnb_muscat.h5ad"), 400)
     exprgen.NBVAE.setup_anndata(adata, categorical_condition_keys=["cell_type", "condition"])
     model = exprgen.NBVAE(adata, seed=0)
-    model.train(15, progress_bar=False)
+    model.train(progress_bar=False)
     for condition in ("ctrl", "stim"):
         real = adata[adata.obs["condition"] == condition]
         drawn = model.sample(real, seed=0, progress_bar=False)
