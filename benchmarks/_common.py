@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "SETS",
+    "TYPE",
     "Cost",
     "arguments",
     "format_table",
@@ -47,6 +49,10 @@ __all__ = [
     "variable_genes",
     "write",
 ]
+
+# The data sets with cell types, and the column of obs that holds these.
+SETS = ("pbmc3k_labelled", "kang_ctrl_8donors", "paul15_tradeseq")
+TYPE = "cell_type"
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("EXPRGEN_TEST_DATA", HERE.parents[1] / "shared" / "data"))

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from _common import (
+    SETS,
+    TYPE,
     arguments,
     format_table,
     load,
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-TYPE = "cell_type"
-SETS = ("pbmc3k_labelled", "kang_ctrl_8donors", "paul15_tradeseq")
 DEFAULTS = "defaults"
 # Arguments of NBVAE and of train().
 CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -34,6 +34,8 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 from _common import (
+    SETS,
+    TYPE,
     arguments,
     format_table,
     load,
@@ -52,8 +54,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-TYPE = "cell_type"
-SETS = ("pbmc3k_labelled", "kang_ctrl_8donors", "paul15_tradeseq")
 N_CELLS = 10_000
 LAYERS = {"counts": "counts", "continuous": "log1p CP10k"}
 MODELS: dict[str, list[tuple[type, dict[str, Any]]]] = {

@@ -35,6 +35,8 @@ import _scvi as rival
 import numpy as np
 import pandas as pd
 from _common import (
+    SETS,
+    TYPE,
     Cost,
     arguments,
     format_table,
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-TYPE = "cell_type"
-SETS = ("pbmc3k_labelled", "kang_ctrl_8donors", "paul15_tradeseq")
 MODELS = {"NBVAE": exprgen.NBVAE, "ZINBVAE": exprgen.ZINBVAE}
 RIVALS = ("SCVI posterior", "SCVI prior")
 N_CELLS = 10_000
