@@ -4,5 +4,6 @@ from exprgen.densities._base import ConditionalDensity
 from exprgen.densities._flow import NormalizingFlow
 from exprgen.densities._gaussian import Gaussian
 from exprgen.densities._mixture import Mixture
+from exprgen.densities._path import Path
 
-__all__ = ["ConditionalDensity", "Gaussian", "Mixture", "NormalizingFlow"]
+__all__ = ["ConditionalDensity", "Gaussian", "Mixture", "NormalizingFlow", "Path"]
