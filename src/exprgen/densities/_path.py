@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from exprgen._arguments import check_choice, check_number, check_positive_int
+from exprgen._errors import name_some
 from exprgen._random import BLOCK_SIZE
 from exprgen.couplings import COUPLINGS, labels_and_numbers
 from exprgen.densities._base import ConditionalDensity
@@ -43,7 +44,7 @@ __all__ = ["Path"]
 
 _N_MEAN_DRAWS = 2048
 _N_EXACT_TRACE = 32
-_N_LIKELIHOOD_STEPS = 32
+_N_LIKELIHOOD_STEPS = 16
 _N_MLE_STEPS = 8
 
 
@@ -85,8 +86,8 @@ class Path(ConditionalDensity):
     Raises
     ------
     ValueError
-        If a name is unknown, the blocks do not add up, or there is no coordinate besides the
-        last.
+        If a name is unknown, the solver is stochastic and the coupling not independent, the
+        blocks do not add up, or there is no coordinate besides the last.
     """
 
     shift: Tensor
@@ -123,8 +124,8 @@ class Path(ConditionalDensity):
         self.target: Target = check_choice(target, "target", TARGETS)
         self.weighting: Weighting = check_choice(weighting, "weighting", WEIGHTINGS)
         self.times: Times = check_choice(times, "times", TIMES)
-        self.couple = COUPLINGS[check_choice(coupling, "coupling", tuple(COUPLINGS))]
-        self.solver = check_choice(solver, "solver", tuple(SOLVERS))
+        self.coupling = check_choice(coupling, "coupling", tuple(COUPLINGS))
+        self.solver = self._check_solver(solver)
         self.n_steps = check_positive_int(n_steps, "n_steps")
         self.condition_dropout = check_number(condition_dropout, "condition_dropout", "[0, 1)")
         self.objective = check_choice(objective, "objective", ("matching", "mle"))
@@ -143,6 +144,17 @@ class Path(ConditionalDensity):
         self.estimator = "exact up to the solver's error" if exact else "estimate"
         self.register_buffer("shift", torch.zeros(n_dims))
         self.register_buffer("scale", torch.ones(n_dims))
+
+    def _check_solver(self, solver: str) -> str:
+        check_choice(solver, "solver", tuple(SOLVERS))
+        if SOLVERS[solver].stochastic and self.coupling != "independent":
+            # Noise that knows its data point is not -σ times the score, which they follow.
+            allowed = [name for name, known in SOLVERS.items() if not known.stochastic]
+            raise ValueError(
+                f"solver must be one of {name_some(allowed, 20)} with coupling={self.coupling!r}, "
+                f"got {solver!r}: stochastic solvers need independent noise."
+            )
+        return solver
 
     # Standard coordinates ------------------------------------------------------------------
 
@@ -201,7 +213,7 @@ class Path(ConditionalDensity):
         labels, numbers = labels_and_numbers(features)
         if last is not None:
             numbers = torch.cat([numbers, last], dim=1)
-        noise = self.couple(u, noise, labels, numbers)
+        noise = COUPLINGS[self.coupling](u, noise, labels, numbers)
         t = draw_times(self.times, len(u), self.schedule, generator)[:, None]
         # In double precision until here: single has too few digits near the ends of the path.
         at = Coefficients(*(coefficient.to(u) for coefficient in self.schedule(t)))
@@ -306,13 +318,13 @@ class Path(ConditionalDensity):
         Raises
         ------
         ValueError
-            If the last coordinate is fixed and has no law of its own, the solver is unknown, or
+            If the last coordinate is fixed and has no law of its own, the solver cannot serve, or
             there is not one weight per condition.
         """
         if last is not None:
             self._check_depth("last")
         terms = terms_of(guidance, self.n_conditions)
-        solver = self.solver if solver is None else solver
+        solver = self.solver if solver is None else self._check_solver(solver)
         n_steps = check_positive_int(self.n_steps if n_steps is None else n_steps, "n_steps")
         draws = []
         # Blocks fit the cache: half the time of all rows at once.

@@ -1,6 +1,6 @@
 """From noise to data along a path, and back with the log-density."""
 
-from exprgen.solvers._ode import ode, ode_log_prob
+from exprgen.solvers._ode import Trace, ode, ode_log_prob
 from exprgen.solvers._steps import (
     Field,
     ancestral,
@@ -17,6 +17,7 @@ __all__ = [
     "SOLVERS",
     "Field",
     "Solver",
+    "Trace",
     "ancestral",
     "ddim",
     "ddpm",

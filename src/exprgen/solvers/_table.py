@@ -32,15 +32,17 @@ class Solver(NamedTuple):
     function: Callable[..., Tensor]
     per_step: int | None
     """Evaluations a step, but one in the last; ``None`` where the tolerance decides."""
+    stochastic: bool = False
+    """Whether it follows the score, hence needs noise that is independent of the data."""
 
 
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, 1),
     "heun": Solver(heun, 2),
-    "euler_maruyama": Solver(euler_maruyama, 1),
+    "euler_maruyama": Solver(euler_maruyama, 1, stochastic=True),
     "ddim": Solver(ddim, 1),
-    "ddpm": Solver(ddpm, 1),
-    "predictor_corrector": Solver(predictor_corrector, 2),
+    "ddpm": Solver(ddpm, 1, stochastic=True),
+    "predictor_corrector": Solver(predictor_corrector, 2, stochastic=True),
     "ode": Solver(ode, None),
 }
 
