@@ -18,9 +18,11 @@ variance, :math:`\hat y = c_{skip} y_t + c_{out} F` with :math:`c_{skip} = \alph
 :math:`c_{out} = \sigma / n`, for any schedule; its input is scaled by :math:`c_{in} = 1/n`.
 
 Together with :math:`y_t = \alpha y + \sigma\varepsilon` this is two equations, whose solution is
-the canonical :class:`Prediction`. It is regular at both ends for velocity, v and edm. Noise and
-score tell nothing about the data where :math:`\alpha = 0`, data nothing about the noise where
-:math:`\sigma = 0`: there the divisor is kept at .001, which moves what is drawn by as much.
+the canonical :class:`Prediction`. It is regular at both ends for velocity, v and edm. Data tell
+nothing about the noise where :math:`\sigma = 0`, noise and score nothing about the data where
+:math:`\alpha = 0`. There the divisor is kept at .001: what is unknown is taken to be 0, its mean
+over standardised data. A solver's first step from pure noise then misses the mean of a condition,
+which matters where steps are few.
 """
 
 from __future__ import annotations

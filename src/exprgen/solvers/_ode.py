@@ -37,7 +37,7 @@ Trace = Literal["exact", "hutchinson"]
 def _velocity(field: Field, share: Tensor, y: Tensor) -> Tensor:
     """Change of y by the share of the way, ``(n_obs, n_dims)``."""
     share = share.detach().cpu().double()
-    t, rate = torch.func.jvp(field.schedule.clock, (share,), (torch.ones_like(share),))[:2]
+    rate, t = torch.func.grad_and_value(field.schedule.clock)(share)
     return rate * field.predict(y, t).velocity(field.schedule(t))
 
 
