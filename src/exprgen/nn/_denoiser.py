@@ -24,6 +24,7 @@ __all__ = ["Denoiser", "owners"]
 
 _N_FREQUENCIES = 8
 _N_EMBEDDING = 64
+_TOKEN_SCALE = 0.3
 
 
 def owners(blocks: Sequence[int]) -> Tensor:
@@ -70,9 +71,9 @@ class Denoiser(nn.Module):
             nn.SiLU(),
             nn.Linear(_N_EMBEDDING, _N_EMBEDDING),
         )
-        # The conditions' embeddings side by side: each block of columns is one condition's own.
-        self.conditions = nn.Linear(sum(blocks), _N_EMBEDDING, bias=False)
-        self.null = nn.Parameter(torch.randn(len(blocks), _N_EMBEDDING) * 0.1)
+        # The embeddings side by side: each condition has rows of its own.
+        self.tokens = nn.Parameter(torch.randn(sum(blocks), _N_EMBEDDING) * _TOKEN_SCALE)
+        self.null = nn.Parameter(torch.randn(len(blocks), _N_EMBEDDING) * _TOKEN_SCALE)
         self.layers = nn.ModuleList(_Block(n_hidden, dropout) for _ in range(n_layers))
         self.output = nn.Linear(n_hidden, n_dims)
         nn.init.zeros_(self.output.weight)
@@ -127,10 +128,9 @@ class Denoiser(nn.Module):
         context = self.place(torch.cat([phase.sin(), phase.cos()], dim=1))
         values = features[:, 1:]
         if keep is None:
-            return context + self.conditions(values)
+            return context + values @ self.tokens
         seen = keep.to(features)
-        tokens = (1 - seen) @ self.null
-        return context + self.conditions(values * seen[..., self._owner]) + tokens
+        return context + values * seen[..., self._owner] @ self.tokens + (1 - seen) @ self.null
 
 
 class _Block(nn.Module):
