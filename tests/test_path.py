@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import one_hot
 
 from exprgen.densities import Path
-from exprgen.densities._guidance import GuidedField, Term, terms_of
+from exprgen.densities._guidance import Term, terms_of
 from exprgen.nn import Denoiser
-from exprgen.schedules import SCHEDULES, TARGETS, WEIGHTINGS, Linear
+from exprgen.schedules import SCHEDULES, TARGETS, WEIGHTINGS
 from exprgen.solvers import ode
 
 
@@ -89,16 +89,15 @@ def test_a_trained_path_is_the_law_given_a_label(trained_1d, label):
     assert abs(float(draws.std() / y.std()) - 1) < 0.05
     wasserstein = (draws.sort(0)[0] - y.sort(0)[0]).abs().mean()
     assert wasserstein < 0.12
-    truth = _log_prob_1d(y, label)
-    lost = truth - trained_1d.log_prob(y, features)
+    lost = _log_prob_1d(y[:1000], label) - trained_1d.log_prob(y[:1000], features[:1000])
     assert abs(float(lost.mean())) < 0.06
 
 
 def test_its_density_integrates_to_one(trained_1d):
-    axis = torch.linspace(-6, 8, 1401)[:, None]
+    axis = torch.linspace(-6, 8, 701)[:, None]
     for label in (0, 1):
         labels = torch.full((len(axis),), label)
-        total = trained_1d.log_prob(axis, _features(labels, 2)).exp().sum() * 0.01
+        total = trained_1d.log_prob(axis, _features(labels, 2)).exp().sum() * 0.02
         assert float(total) == pytest.approx(1, abs=0.01)
 
 
@@ -150,8 +149,8 @@ def test_a_flow_in_nineteen_evaluations_is_no_worse_than_two_hundred_steps_of_di
     y, features = _moons(6000, 0)
     real, conditions = _moons(3000, 1)
     floor = _sliced_wasserstein(real, _moons(3000, 2)[0])
-    flow = _train(_build(2, [2], coupling="optimal_transport"), y, features, 500)
-    diffusion = _train(_build(2, [2], schedule="vp", target="noise"), y, features, 500)
+    flow = _train(_build(2, [2], coupling="optimal_transport"), y, features, 400)
+    diffusion = _train(_build(2, [2], schedule="vp", target="noise"), y, features, 400)
     few = flow.sample(conditions, _generator(1), solver="heun", n_steps=10)
     many = diffusion.sample(conditions, _generator(1), solver="ddpm", n_steps=200)
     few, many = _sliced_wasserstein(few, real), _sliced_wasserstein(many, real)
@@ -165,7 +164,7 @@ def test_maximum_likelihood_reaches_the_entropy():
     path.standardise(y)
     with torch.no_grad():
         before = float(-path.log_prob(y, features).mean())
-    _train(path, y, features, 60, rate=2e-2, batch=128)
+    _train(path, y, features, 50, rate=2e-2, batch=128)
     y, features = _draw_1d(1000, 5)
     labels = features[:, 2].long()
     entropy = -torch.stack([_log_prob_1d(y, k) for k in (0, 1)], 1).gather(1, labels[:, None])
@@ -287,7 +286,7 @@ def trained_depth():
     first = labels + 2 * depth + 0.3 * torch.randn(4000, generator=generator)
     y = torch.stack([first, depth], 1)
     how = {"depth_first": True, "coupling": "optimal_transport", "n_hidden": 64}
-    return _train(_build(2, [2], **how), y, _features(labels, 2), 500)
+    return _train(_build(2, [2], **how), y, _features(labels, 2), 350)
 
 
 def test_depth_first_fixes_depth_exactly(trained_depth):
@@ -494,10 +493,3 @@ def test_stochastic_solvers_are_refused_when_sampling_with_coupled_noise():
     path = _randomised(2, [2], coupling="optimal_transport")
     with pytest.raises(ValueError, match="got 'ddpm': stochastic solvers need independent noise"):
         path.sample(torch.ones(1, 3).double(), _generator(), solver="ddpm")
-
-
-def test_a_field_is_what_solvers_ask_for():
-    path = _randomised(2, [2])
-    field = path._field(torch.ones(3, 3).double(), None, (Term(),))
-    assert isinstance(field, GuidedField)
-    assert field.schedule == Linear()

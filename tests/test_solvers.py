@@ -108,12 +108,13 @@ def _assert_moments(draws, law, mean_error, variance_error):
 @pytest.mark.parametrize("make", [_gaussian, _mixture])
 def test_every_solver_draws_the_law_on_every_schedule(schedule, solver, make):
     law, generator = make(schedule), _generator(1)
-    draws = solve(solver, law, law.prior(3000), 90, generator)
+    n_steps = 140 if solver == "ddpm" else 70  # its draws are too narrow, less so with more steps
+    draws = solve(solver, law, law.prior(3000), n_steps, generator)
     # Three standard errors of the mean are .05, of the variance 8 %; the rest is the steps'.
     _assert_moments(draws, law, 0.06, 0.12)
     assert _energy(draws[:1000], law.draw(1000)) < 0.08
-    if n_evaluations(solver, 90) is not None:
-        assert law.n_evaluations == n_evaluations(solver, 90)
+    if n_evaluations(solver, n_steps) is not None:
+        assert law.n_evaluations == n_evaluations(solver, n_steps)
 
 
 @EACH_SCHEDULE
