@@ -134,7 +134,7 @@ def test_the_verdict_follows_its_rule(report):
     ]
     flag = (beyond > 3 * noise) & (worse(table["excess"]) > tolerance)
     np.testing.assert_array_equal(table["flag"], flag)
-    np.testing.assert_array_equal(table["verdict"] == "as real", beyond <= 3 * noise)
+    np.testing.assert_array_equal(table["verdict"] == "not told apart", beyond <= 3 * noise)
     assert flag.any()
     assert not flag.all()
 
@@ -287,7 +287,7 @@ def test_training_cells_of_other_groups_leave_no_control(cells):
     rows = _run(other, test, same, metrics=["variation", "memorisation", "MMD"], n_repeats=1)
     verdicts = rows.set_index("metric")["verdict"]
     assert (verdicts[METRICS_OF["variation"] + METRICS_OF["memorisation"]] == "no control").all()
-    assert verdicts["MMD"] == "as real"
+    assert verdicts["MMD"] == "not told apart"
     with pytest.raises(ValueError, match="baselines=False"):
         _run(other, test, same, baselines=True)
 

@@ -118,9 +118,10 @@ def test_figures_draw_on_given_axes(pbmc):
 
 def _report():
     """Two models and a baseline, one row of each kind."""
+    deviations = {"not told apart": 1.0, "close": 4.0, "off": 25.0}
     rows = []
     for model, kind, verdicts in (
-        ("good", "model", ("as real", "close", "as real")),
+        ("good", "model", ("not told apart", "close", "not told apart")),
         ("bad", "model", ("off", "off", "undefined")),
         ("group mean", "baseline", ("off", "off", "off")),
     ):
@@ -131,7 +132,7 @@ def _report():
                 {
                     "model": model, "metric": metric, "family": family, "kind": kind,
                     "value": np.nan if missing else 0.75, "control": 0.5, "control_spread": 0.01,
-                    "deviation": {"as real": 1.0, "close": 4.0, "off": 25.0}.get(verdict, np.nan),
+                    "deviation": deviations.get(verdict, np.nan),
                     "verdict": verdict, "flag": verdict in ("off", "undefined"),
                     "better": "near 1" if metric == "density" else "lower",
                 }

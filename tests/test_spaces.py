@@ -11,6 +11,7 @@ from torch import distributions
 from exprgen._layout import ConditionLayout
 from exprgen.likelihoods import NegativeBinomial
 from exprgen.spaces import DataMoments, Depth, DonorEffect, LatentSpace
+from exprgen.spaces._effects import label_effects
 
 
 def _generator(seed=0):
@@ -316,6 +317,14 @@ def test_a_model_without_any_condition_has_one_feature():
     assert space.known_effect(c) is None
 
 
+def _moments_of(x, inputs, library=None):
+    """What training hands to a space, of counts and inputs."""
+    library = x.sum(1) if library is None else library
+    sums = x.sum(0), x.square().sum(0), library @ x, x.amin(0)
+    donors = torch.full((len(x),), -1)
+    return DataMoments(library, inputs, donors, inputs.double().T @ x, *sums)
+
+
 @pytest.mark.parametrize("observed", [False, True])
 def test_initialize_starts_from_mean_expression_and_dispersion(observed):
     """On cells of one profile the method of moments has nothing left to learn."""
@@ -327,9 +336,7 @@ def test_initialize_starts_from_mean_expression_and_dispersion(observed):
     x = rng.poisson(rng.gamma(theta, mean / theta)).astype(float)
     library = depth if observed else x.sum(1)
     x, library = torch.from_numpy(x), torch.from_numpy(library)
-    moments = DataMoments(
-        library, torch.zeros(n, 0), x.sum(0), x.square().sum(0), library @ x, x.amin(0)
-    )
+    moments = _moments_of(x, torch.ones(n, 1), library)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         space = LatentSpace(
@@ -360,3 +367,56 @@ def test_depth_far_outside_training_is_one_that_a_cell_could_have():
     last = depth.standardise(torch.tensor([-50.0, np.log(500.0), 64.0]), offset)
     log_depth = depth.log_depth(depth.within_reach(last, offset), offset)
     np.testing.assert_allclose(log_depth.exp(), [10.0, 500.0, 10_000.0], rtol=0.01)
+
+
+def _crossed(n_cells, type_effect, batch_effect, batch_of_type, seed=0):
+    """Counts of two types in two batches whose effects on genes multiply."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(2, size=n_cells)
+    batch = (rng.random(n_cells) < np.asarray(batch_of_type)[kind]).astype(int)
+    rho = np.full(len(type_effect), 1 / len(type_effect))
+    mean = rng.lognormal(7, 0.3, n_cells)[:, None] * rho
+    mean = mean * np.exp(kind[:, None] * type_effect + batch[:, None] * batch_effect)
+    x = torch.from_numpy(rng.poisson(mean).astype(float))
+    inputs = np.c_[np.ones(n_cells), np.eye(2)[kind], rng.normal(size=n_cells), np.eye(2)[batch]]
+    return x, torch.from_numpy(inputs).float()
+
+
+def test_label_effects_find_each_conditions_own_fold_changes():
+    """Types and batches are correlated: what the type explains is not given to the batch."""
+    n_vars = 40
+    of_type, of_batch = np.zeros(n_vars), np.zeros(n_vars)
+    of_type[0], of_type[1], of_batch[2], of_batch[3] = 2.0, -1.5, 1.0, -0.7
+    x, inputs = _crossed(4000, of_type, of_batch, batch_of_type=[0.2, 0.8])
+    moments = _moments_of(x, inputs)
+    labels = [slice(1, 3), slice(4, 6)]
+    effects = label_effects(moments, moments.x / moments.library.sum(), labels).numpy()
+    between = effects[2] - effects[1], effects[5] - effects[4]
+    # Counts are parts of a total: where some genes rise, all others fall.
+    between = [difference - np.median(difference) for difference in between]
+    np.testing.assert_allclose(between[0][:2], of_type[:2], atol=0.15)
+    np.testing.assert_allclose(between[1][2:4], of_batch[2:4], atol=0.15)
+    np.testing.assert_allclose(between[1][:2], 0, atol=0.15)
+    np.testing.assert_allclose(between[0][2:4], 0, atol=0.15)
+    # Neither the constant nor a number has an effect.
+    assert not effects[[0, 3]].any()
+
+
+def test_label_effects_are_none_where_there_is_only_noise():
+    x, inputs = _crossed(300, np.zeros(500), np.zeros(500), batch_of_type=[0.5, 0.5])
+    moments = _moments_of(x, inputs)
+    rho = moments.x / moments.library.sum()
+    effects = label_effects(moments, rho, [slice(1, 3), slice(4, 6)])
+    unshrunken = (moments.inputs_x[1] + 0.5) / (rho * (inputs[:, 1] @ moments.library.float()))
+    assert unshrunken.log().std() > 0.03
+    assert (effects != 0).double().mean() < 0.1
+    assert effects.abs().max() < 0.3
+    assert not label_effects(moments, rho, []).any()
+
+
+def test_effects_pay_a_cauchy_prior_once():
+    space = _space(ConditionLayout(n_categories=(3,)))
+    weight = space.decoder.offset.weight
+    law = stats.cauchy(scale=0.25)
+    expected = (law.logpdf(0) - law.logpdf(weight.detach().numpy())).sum()
+    assert space.prior_cost(1.0).item() == pytest.approx(expected, rel=1e-5)

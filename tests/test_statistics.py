@@ -6,6 +6,7 @@ that is not learned, noise that is counted twice), not by another machine.
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pytest
 from sklearn.model_selection import cross_val_score
@@ -271,3 +272,22 @@ def test_without_conditions_the_latent_integrates_batches_and_maps_a_new_one(bat
     assert cross_val_score(neighbours, z, train.obs["batch"].astype(str)).mean() < 0.65
     mapped = model.get_latent_representation(others, unseen="null", **QUIET)
     assert neighbours.fit(z, _labels(train)).score(mapped, _labels(others)) > 0.9
+
+
+def test_marker_genes_of_a_dozen_cells_are_learned():
+    """They are counts where all other cells have none, and no outliers of the other cells."""
+    rng = np.random.default_rng(0)
+    rare = np.arange(600) < 12
+    rho = rng.dirichlet(np.full(150, 0.3), size=1).repeat(600, axis=0)
+    rho = np.maximum(rho, 1e-4)
+    rho[:, :3] = np.where(rare[:, None], 0.02, 1e-5)
+    depth = rng.lognormal(7.5, 0.4, (600, 1))
+    adata = ad.AnnData(rng.poisson(depth * rho / rho.sum(1, keepdims=True)).astype(np.float32))
+    adata.obs["type"] = np.where(rare, "rare", "common")
+    NBVAE.setup_anndata(adata, categorical_condition_keys=["type"])
+    model = NBVAE(adata, seed=0)
+    model.train(accelerator="cpu", **QUIET)
+    drawn = model.sample({"type": ["rare", "common"]}, n_obs=400, seed=0, **QUIET)
+    drawn = drawn.X.toarray()[:, :3].reshape(2, 400, 3).mean(1)
+    np.testing.assert_allclose(drawn[0], adata.X[rare, :3].mean(0), rtol=0.35)
+    assert drawn[1].max() < 0.5

@@ -88,7 +88,7 @@ class ExpressionModule(BaseModuleClass):
 
         ``beta`` multiplies the weight of the KL divergence of y, and of nothing else
         :cite:p:`higgins2017`.
-        The donors' KL divergence belongs to the whole training set of ``n_obs_training`` cells.
+        The priors of effects belong to the whole training set of ``n_obs_training`` cells.
         """
         features = self.space.features.conditions(tensors["c"])
         x, likelihood = tensors["x"], self.space.likelihood
@@ -97,9 +97,8 @@ class ExpressionModule(BaseModuleClass):
             x = torch.maximum(x, torch.as_tensor(likelihood.lower).to(x))
         reconstruction = -likelihood.log_prob(x, *generative_outputs["decoded"])
         kl = self.density.kl(**inference_outputs, features=features)
-        loss = (reconstruction + kl_weight * beta * kl).mean()
-        if self.space.donors is not None:
-            loss = loss + kl_weight * self.space.donors.kl() / n_obs_training
+        once = self.space.prior_cost(kl_weight) / n_obs_training
+        loss = (reconstruction + kl_weight * beta * kl).mean() + once
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 
     # What a trained module answers ---------------------------------------------------------

@@ -199,9 +199,10 @@ class GenerativeTrainingPlan(TrainingPlan):
         Training cells, for the terms of the loss that belong to all of them.
     lr
         Largest learning rate of the networks.
-    density_lr_factor, dispersion_lr_factor, donor_lr_factor
-        Rates of the density, of the likelihood's own parameters and of the donors' effects, as
-        multiples of ``lr``: each has its own scale and is slow to converge at the networks' rate.
+    density_lr_factor, dispersion_lr_factor, donor_lr_factor, offset_lr_factor
+        Rates of the density, of the likelihood's own parameters, and of the effects of donors, of
+        conditions and batch, as multiples of ``lr``: each has its own scale and is slow to
+        converge at the networks' rate.
     weight_decay
         AdamW's, on weight matrices of the networks only.
     kl_warmup
@@ -232,6 +233,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         density_lr_factor: float = 5.0,
         dispersion_lr_factor: float = 20.0,
         donor_lr_factor: float = 10.0,
+        offset_lr_factor: float = 5.0,
         weight_decay: float = 1e-4,
         kl_warmup: float = 0.2,
         beta: float = 1.0,
@@ -243,6 +245,7 @@ class GenerativeTrainingPlan(TrainingPlan):
             density_lr_factor=density_lr_factor,
             dispersion_lr_factor=dispersion_lr_factor,
             donor_lr_factor=donor_lr_factor,
+            offset_lr_factor=offset_lr_factor,
             weight_decay=weight_decay,
             kl_warmup=kl_warmup,
             beta=beta,
@@ -254,6 +257,7 @@ class GenerativeTrainingPlan(TrainingPlan):
         self.density_lr_factor = density_lr_factor
         self.dispersion_lr_factor = dispersion_lr_factor
         self.donor_lr_factor = donor_lr_factor
+        self.offset_lr_factor = offset_lr_factor
         self.lr_warmup = lr_warmup
         self.seed = seed
         self.last_loss = torch.tensor(math.nan)
@@ -331,6 +335,7 @@ class GenerativeTrainingPlan(TrainingPlan):
             self.module.density: self.density_lr_factor,
             space.likelihood: self.dispersion_lr_factor,
             space.donors: self.donor_lr_factor,
+            space.decoder.offset: self.offset_lr_factor,
         }
         special = [
             {"params": list(part.parameters()), "lr": self.lr * factor, "weight_decay": 0.0}

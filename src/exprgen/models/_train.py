@@ -38,6 +38,8 @@ from exprgen.train import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from exprgen.spaces import Space
+
 __all__ = ["TrainMixin"]
 
 logger = logging.getLogger("exprgen")
@@ -145,7 +147,7 @@ class TrainMixin(ModelCore):
         keep_best = KeepBestWeights()
         with isolated(self.seed_), _quiet_lightning():
             if not self.module.initialized:
-                self.module.space.initialize(_moments(dataset, train_idx))
+                self.module.space.initialize(_moments(dataset, train_idx, self.module.space))
                 self.module.initialized.fill_(True)
             try:
                 # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
@@ -162,7 +164,7 @@ class TrainMixin(ModelCore):
                     devices=devices,
                     early_stopping=early_stopping,
                     early_stopping_monitor=MONITOR,
-                    early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 4),
+                    early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 2),
                     check_val_every_n_epoch=1 if len(val_idx) else None,
                     enable_progress_bar=progress_bar,
                     log_every_n_steps=1,
@@ -286,17 +288,23 @@ def _checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return kwargs
 
 
-def _moments(dataset: CellDataset, rows: np.ndarray, block: int = 512) -> DataMoments:
+def _moments(
+    dataset: CellDataset, rows: np.ndarray, space: Space, block: int = 512
+) -> DataMoments:
     """Sums over the training cells, and least values, block by block."""
     n_vars = dataset.reader.shape[1]
     minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
     x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
+    inputs_x = torch.zeros(space.n_inputs, n_vars, dtype=torch.float64)
+    conditions, library = dataset.conditions[rows], dataset.library[rows].double()
+    inputs = space.inputs(conditions)
     for start in range(0, len(rows), block):
-        batch = dataset[rows[start : start + block]]
-        counts = batch["x"].double()
+        part = slice(start, start + block)
+        counts = dataset[rows[part]]["x"].double()
         x += counts.sum(0)
         x_square += counts.square().sum(0)
         minimum = torch.minimum(minimum, counts.amin(0))
-        library_x += batch["library"].double() @ counts
-    library = dataset.library[rows].double()
-    return DataMoments(library, dataset.conditions[rows], x, x_square, library_x, minimum)
+        library_x += library[part] @ counts
+        inputs_x += inputs[part].double().T @ counts
+    donors = space.features.donor(conditions)
+    return DataMoments(library, inputs, donors, inputs_x, x, x_square, library_x, minimum)

@@ -6,6 +6,7 @@ embedding dimension, and one each for batch and donor codes; -1 stands for *unkn
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,15 @@ class ConditionFeatures(nn.Module):
         self._batch_column = self._numbers.stop
         self._donor_column = self._numbers.stop + (layout.n_batch > 0)
         self.n_features = 1 + sum(layout.n_categories) + layout.n_continuous + layout.n_embedding
+
+    @property
+    def labels(self) -> list[slice]:
+        """Columns of each categorical condition and of the batch among features and batch."""
+        starts = list(accumulate(self.layout.n_categories, initial=1))
+        columns = [slice(*ends) for ends in pairwise(starts)]
+        if self.layout.n_batch:
+            columns.append(slice(self.n_features, self.n_features + self.layout.n_batch))
+        return columns
 
     def conditions(self, c: Tensor) -> Tensor:
         """What is generated on: a constant 1, one-hot labels, numbers, ``(n_obs, n_features)``.

@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Decoder", "Encoder", "hidden_stack"]
+__all__ = ["Decoder", "Encoder", "Offset", "hidden_stack"]
+
+# Half of all effects are smaller than this under their prior, in units of the decoder's output:
+# natural logarithms of counts, or standard deviations of continuous values.
+_TYPICAL_EFFECT = 0.25
 
 
 def hidden_stack(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
@@ -65,11 +69,28 @@ class Encoder(nn.Module):
         return mean, log_sd.clamp(-8, 4).exp(), correction
 
 
+class Offset(nn.Linear):
+    """Effects of conditions and batch on each gene, ``(n_vars, n_inputs)``; they start at 0.
+
+    Their prior is a Cauchy law :cite:p:`zhu2019`: small effects, which are mostly noise, are
+    shrunk, while those of marker genes are left as they are.
+    """
+
+    def __init__(self, n_inputs: int, n_vars: int) -> None:
+        super().__init__(n_inputs, n_vars, bias=False)
+        nn.init.zeros_(self.weight)
+
+    def cost(self) -> Tensor:
+        """Negative log-prior of all effects up to a constant, nats; the training set pays once."""
+        return (self.weight / _TYPICAL_EFFECT).square().log1p().sum()
+
+
 class Decoder(nn.Module):
     """z, conditions and batch -> one number per gene, or several.
 
     Conditions and batch enter twice, before the hidden layers and as an offset per gene: the
-    second lets every label start from its own mean profile.
+    second lets every label start from its own mean profile, so that the few cells of a rare one
+    need not teach the network its marker genes.
 
     Parameters
     ----------
@@ -96,9 +117,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden = hidden_stack(n_latent + n_inputs, n_hidden, n_layers, dropout)
-        self.output = nn.Linear(n_hidden + n_inputs, n_vars)
-        with torch.no_grad():
-            self.output.weight[:, n_hidden:] = 0
+        self.output = nn.Linear(n_hidden, n_vars)
+        self.offset = Offset(n_inputs, n_vars)
         self.extra: nn.Sequential | None = None
         if n_heads > 1:
             linear = nn.Linear(n_latent + n_inputs, (n_heads - 1) * n_vars)
@@ -109,5 +129,5 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the first head, ``(n_obs, n_vars)``, and ``(n_obs, n_heads - 1, n_vars)``."""
         state = torch.cat([z, inputs], dim=1)
-        h = torch.cat([self.hidden(state), inputs], dim=1)
-        return self.output(h), None if self.extra is None else self.extra(state)
+        first = self.output(self.hidden(state)) + self.offset(inputs)
+        return first, None if self.extra is None else self.extra(state)

@@ -29,7 +29,7 @@ class _Shade(NamedTuple):
     up_to: float
 
 
-_AS_REAL = _Shade("#E3EAF0", "#24384A", "as real (within 3 × noise)", np.inf)
+_NOT_APART = _Shade("#E3EAF0", "#24384A", "not told apart (within 3 × noise)", np.inf)
 _CLOSE = _Shade("#FBEBCB", "#4A3A12", "close (more, but within tolerance)", np.inf)
 _OFF = (
     _Shade("#F5B56B", "#3A2105", "off: 3 to 10 × noise", 10),
@@ -200,7 +200,7 @@ def _shade(entry: Any) -> _Shade:
         return _NONE
     if entry.verdict == "off":
         return next(shade for shade in _OFF if entry.deviation <= shade.up_to)
-    return {"as real": _AS_REAL, "close": _CLOSE}.get(entry.verdict, _NONE)
+    return {"not told apart": _NOT_APART, "close": _CLOSE}.get(entry.verdict, _NONE)
 
 
 def _cell(ax: Axes, x: float, y: float, text: str, shade: _Shade, *, bold: bool = False) -> None:
@@ -274,7 +274,7 @@ def _direction(better: str) -> str:
 def _legend(ax: Axes, n_cols: int) -> None:
     from matplotlib.patches import Patch
 
-    shades = (_AS_REAL, _CLOSE, *_OFF)
+    shades = (_NOT_APART, _CLOSE, *_OFF)
     handles = [Patch(facecolor=shade.face, label=shade.label) for shade in shades]
     # As wide as the figure, whose labels and names leave the axes the smaller part of it.
     ax.figure.legend(

@@ -24,13 +24,16 @@ __all__ = ["DataMoments", "Decoded", "Space"]
 class DataMoments:
     """What ``initialize`` needs of the training cells; sums over cells, float64.
 
-    ``library`` ``(n_obs,)`` and ``conditions`` ``(n_obs, width)`` are per cell; ``x``,
-    ``x_square`` and ``library_x`` ``(n_vars,)`` are Σx, Σx² and Σ library·x; ``minimum``
-    ``(n_vars,)`` is each gene's least value.
+    ``library`` ``(n_obs,)`` and ``inputs`` ``(n_obs, n_inputs)``, what the decoder reads besides
+    z, and ``donors``, codes ``(n_obs,)``, are per cell; ``x``, ``x_square`` and ``library_x``
+    ``(n_vars,)`` are Σx, Σx² and Σ library·x, ``inputs_x`` ``(n_inputs, n_vars)`` is Σ inputs·x;
+    ``minimum`` ``(n_vars,)`` is each gene's least value.
     """
 
     library: Tensor
-    conditions: Tensor
+    inputs: Tensor
+    donors: Tensor
+    inputs_x: Tensor
     x: Tensor
     x_square: Tensor
     library_x: Tensor
@@ -158,6 +161,11 @@ class Space(nn.Module, ABC):
         """Posterior mean of the cells' donors' effects, ``(n_obs, n_vars)``; 0 if unknown."""
         return None if self.donors is None else self.donors.known(self.features.donor(c))
 
-    def _inputs(self, c: Tensor) -> Tensor:
-        """Conditions and batch, ``(n_obs, n_inputs)``."""
+    def prior_cost(self, kl_weight: float) -> Tensor:
+        """What the training set pays once for effects of conditions, batch and donors, nats."""
+        cost = self.decoder.offset.cost()
+        return cost if self.donors is None else cost + kl_weight * self.donors.kl()
+
+    def inputs(self, c: Tensor) -> Tensor:
+        """Conditions and batch, ``(n_obs, n_inputs)``: what the decoder reads besides z."""
         return torch.cat([self.features.conditions(c), self.features.batch(c)], dim=1)

@@ -116,6 +116,6 @@ class ContinuousLatentSpace(Space):
         self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
     ) -> Decoded:
         """Centre of each gene, ``(n_obs, n_vars)``, and further heads; there is no depth."""
-        location, extra = self.decoder(z, self._inputs(c))
+        location, extra = self.decoder(z, self.inputs(c))
         location = location if effect is None else location + effect.to(location)
         return Decoded(self.centre + self.scale * location, extra)

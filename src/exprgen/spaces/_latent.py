@@ -21,6 +21,7 @@ from exprgen.likelihoods import Start
 from exprgen.spaces._base import DataMoments, Decoded, Space
 from exprgen.spaces._depth import Depth
 from exprgen.spaces._donor import DonorEffect
+from exprgen.spaces._effects import label_effects
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,13 +84,14 @@ class LatentSpace(Space):
 
     @torch.no_grad()
     def initialize(self, moments: DataMoments) -> None:
-        """Start from the data: the depth regression, mean expression, and the likelihood."""
-        inputs = self._inputs(moments.conditions)
-        self.depth.fit(moments.library, inputs, self.features.donor(moments.conditions))
+        """Start from the data: depth, mean expression, effects of labels, and the likelihood."""
+        self.depth.fit(moments.library, moments.inputs, moments.donors)
         library, square = moments.library.sum(), moments.library.square().sum()
         # Half a count in all the data for a gene that was never seen.
         rho = moments.x.clamp(min=0.5) / library
         self.decoder.output.bias.copy_(rho.log())
+        effects = label_effects(moments, rho, self.features.labels)
+        self.decoder.offset.weight.copy_(effects.T)
         residual = moments.x_square - 2 * rho * moments.library_x + rho**2 * square
         self.likelihood.initialize(
             Start(
@@ -103,7 +105,7 @@ class LatentSpace(Space):
 
     def depth_offset(self, c: Tensor) -> Tensor:
         """Expected log depth of each row of encoded conditions, ``(n_obs,)``."""
-        return self.depth.offset(self._inputs(c), self.features.donor(c))
+        return self.depth.offset(self.inputs(c), self.features.donor(c))
 
     def encode(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(y | x, c), both ``(n_obs, n_dims)``.
@@ -123,7 +125,7 @@ class LatentSpace(Space):
 
     def _composition(self, z: Tensor, c: Tensor) -> Decoded:
         """Log ρ(z, c), and the further heads."""
-        logits, extra = self.decoder(z, self._inputs(c))
+        logits, extra = self.decoder(z, self.inputs(c))
         return Decoded(logits if self.depth.observed else logits.log_softmax(-1), extra)
 
     def log_composition(self, z: Tensor, c: Tensor) -> Tensor:

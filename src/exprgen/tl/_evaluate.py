@@ -119,11 +119,11 @@ def evaluate(
         ``deviation`` is the excess, positive if worse, in units of noise: of ``control_spread``,
         or of the root mean square of both spreads if that is larger. Where training cells, put in
         the model's place, are worse than the control as well (by ``train_excess``; known but for
-        forests and memorisation), that much is taken off first. ``verdict`` is ``"as real"``
-        if it is at most 3; ``"close"`` if it is more but the excess is within ``tolerance``
-        (in the metric's unit); else ``"off"``, and ``flag`` is True (also for ``"undefined"``, a
-        value that does not exist for such cells; ``"no control"`` if real cells have none).
-        ``note`` says what else there is to say.
+        forests and memorisation), that much is taken off first. ``verdict`` says
+        ``"not told apart"`` if it is at most 3; ``"close"`` if it is more but the excess is within
+        ``tolerance`` (in the metric's unit); else ``"off"``, and ``flag`` is True (also for
+        ``"undefined"``, a value that does not exist for such cells; ``"no control"`` if real cells
+        have none). ``note`` says what else there is to say.
 
         ``.attrs`` has the settings, cells and genes in use, seconds per family (summed over
         comparisons), and ``memorisation``: per model the groups, worst first, with
@@ -137,9 +137,10 @@ def evaluate(
                                   forest on 50 principal components, ``RF-gene`` and ``LR-gene``
                                   forest and logistic regression on genes, ``QC`` forest on
                                   quality numbers per cell
-        distance                  of principal components: ``MMD`` (biased, so that its ratio to
-                                  the control makes sense; permutation p in ``note``), ``energy
-                                  distance``, ``sliced Wasserstein``, ``Wasserstein``
+        distance                  of principal components: ``MMD`` (root of the biased estimate of
+                                  its square, for a ratio to the control to make sense;
+                                  permutation p in ``note``), ``energy distance``, ``sliced
+                                  Wasserstein``, ``Wasserstein``
         neighbours                ``precision``, ``recall``, ``density``, ``coverage``, ``local
                                   mixing``, of principal components
         variation                 synthetic over held-out within groups: ``variance ratio`` of

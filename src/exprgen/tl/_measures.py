@@ -106,7 +106,7 @@ def _distances(c: Comparison) -> dict[str, float]:
     c.details["p"] = test.p_value
     return {
         "energy distance": metrics.energy_distance(*c.pcs),
-        "MMD": metrics.mmd(*c.pcs, bandwidth=c.bandwidth, estimator="biased"),
+        "MMD": metrics.mmd(*c.pcs, bandwidth=c.bandwidth, estimator="biased") ** 0.5,
         "sliced Wasserstein": metrics.sliced_wasserstein(*c.pcs, seed=c.seed),
         "Wasserstein": metrics.wasserstein(*c.pcs),
     }

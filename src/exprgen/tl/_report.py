@@ -13,9 +13,9 @@ than two sets: what both halves have in common, chance gave to the set, and a mo
 the training cells. Repeats are not averaged out of the noise for the same reason: they share
 cells.
 
-A value is ``"as real"`` up to a deviation of 3, ``"close"`` beyond it but within the tolerance of
-its metric (a difference that is there and small), else ``"off"``. Tolerances are this project's
-goals for its models where there are such.
+A value is ``"not told apart"`` up to a deviation of 3, ``"close"`` beyond it but within the
+tolerance of its metric (a difference that is there and small), else ``"off"``. Tolerances are this
+project's goals for its models where there are such.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _row(
     elif np.isnan(value):
         verdict = "undefined"
     elif deviation <= N_NOISE:
-        verdict = "as real"
+        verdict = "not told apart"
     else:
         verdict = "close" if worse <= metric.allowed(control) else "off"
     return {
