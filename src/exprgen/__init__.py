@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exprgen import datasets, metrics, pl, tl
-    from exprgen.models import NBVAE, ZINBVAE, CondVAE
+    from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprDiffusion, ExprFlow
 
-__all__ = ["NBVAE", "ZINBVAE", "CondVAE", "datasets", "metrics", "pl", "tl"]
+__all__ = [
+    "NBVAE",
+    "ZINBVAE",
+    "CondVAE",
+    "ExprDiffusion",
+    "ExprFlow",
+    "datasets",
+    "metrics",
+    "pl",
+    "tl",
+]
 __version__ = version("exprgen")
 
-_MODELS = ("NBVAE", "ZINBVAE", "CondVAE")
+_MODELS = ("NBVAE", "ZINBVAE", "CondVAE", "ExprDiffusion", "ExprFlow")
 
 
 def __getattr__(name: str) -> Any:

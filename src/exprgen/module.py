@@ -11,7 +11,7 @@ tightens as K grows :cite:p:`burda2016`. The module knows tensors only.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
@@ -35,14 +35,24 @@ class ExpressionModule(BaseModuleClass):
         Encodes expression to y and decodes y to a likelihood.
     density
         p(y | c).
+    prior
+        The density that the space is trained with, where that is another one.
     """
 
-    def __init__(self, space: Space, density: ConditionalDensity) -> None:
+    def __init__(
+        self, space: Space, density: ConditionalDensity, prior: ConditionalDensity | None = None
+    ) -> None:
         super().__init__()
         self.space = space
         self.density = density
+        self.prior = prior
         # Filled from the training split, once; kept with the weights.
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def autoencoder_prior(self) -> ConditionalDensity:
+        """The density that the space is trained with; its means have a closed form."""
+        return self.density if self.prior is None else self.prior
 
     # The four steps of scvi-tools' contract ------------------------------------------------
 
@@ -96,7 +106,7 @@ class ExpressionModule(BaseModuleClass):
             # One value of a validation cell below all of training must not make epochs alike.
             x = torch.maximum(x, torch.as_tensor(likelihood.lower).to(x))
         reconstruction = -likelihood.log_prob(x, *generative_outputs["decoded"])
-        kl = self.density.kl(**inference_outputs, features=features)
+        kl = self.autoencoder_prior.kl(**inference_outputs, features=features)
         once = self.space.prior_cost(kl_weight) / n_obs_training
         loss = (reconstruction + kl_weight * beta * kl).mean() + once
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
@@ -111,6 +121,7 @@ class ExpressionModule(BaseModuleClass):
         *,
         log_depth: Tensor | None = None,
         effect: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Decoded]:
         """Draw y and what the likelihood reads from p(· | c).
 
@@ -124,6 +135,8 @@ class ExpressionModule(BaseModuleClass):
             Fixed log depth, ``(n_obs,)``; drawn jointly with z where ``None``.
         effect
             Donors' effects, ``(n_obs, n_vars)``.
+        **options
+            Of how the density draws.
 
         Returns
         -------
@@ -135,7 +148,7 @@ class ExpressionModule(BaseModuleClass):
             If depth is to be fixed where there is none.
         """
         last = None if log_depth is None else self.space.standardised_depth(log_depth, c)
-        y = self.density.sample(self.space.features.conditions(c), generator, last)
+        y = self.density.sample(self.space.features.conditions(c), generator, last, **options)
         if log_depth is None:
             y = self.space.within_reach(y, c)
             return y, self.space.decode(y, c, effect)

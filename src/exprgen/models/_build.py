@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from exprgen import _arguments
-from exprgen.densities import Gaussian, Mixture, NormalizingFlow
+from exprgen.densities import Gaussian, Mixture, NormalizingFlow, Path
 from exprgen.module import ExpressionModule
 from exprgen.spaces import ContinuousLatentSpace, LatentSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from exprgen.densities import ConditionalDensity
     from exprgen.likelihoods import Likelihood
@@ -68,6 +68,7 @@ def build_module(
     model: GenerativeModel,
     law: Callable[[int], Likelihood],
     architecture: Architecture,
+    path: Mapping[str, Any] | None = None,
     **said: Any,
 ) -> None:
     """Give a model its module.
@@ -81,6 +82,9 @@ def build_module(
         the model is.
     architecture
         The rest of the module.
+    path
+        Arguments of the :class:`~exprgen.densities.Path` that is the density in the end; the
+        architecture's is what the space is trained with then.
     **said
         What else the model's description should name.
     """
@@ -98,6 +102,11 @@ def build_module(
             )
         else:
             space = ContinuousLatentSpace(n_vars, layout, law(n_vars), **architecture.networks)
-        return ExpressionModule(space, architecture.density_of(space))
+        density = architecture.density_of(space)
+        if path is None:
+            return ExpressionModule(space, density)
+        sizes = space.n_dims, space.features.n_features
+        flow = Path(*sizes, blocks=space.features.blocks, depth_first=True, **path)
+        return ExpressionModule(space, flow, prior=density)
 
-    model._set_module(build, {**asdict(architecture), **said})
+    model._set_module(build, {**asdict(architecture), **(path or {}), **said})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -39,6 +40,13 @@ class ModelCore(BaseModelClass):
 
     module: ExpressionModule
     is_trained_: bool
+    history_: dict[str, Any] | None
+
+    _density_options: Mapping[str, Any] = MappingProxyType({})
+    """How the density draws, where the caller of a verb has said so."""
+
+    _autoencoder_split: tuple[np.ndarray, np.ndarray] | None = None
+    """Training and validation rows of a space that was taken over trained."""
 
     def __init__(
         self,

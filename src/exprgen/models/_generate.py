@@ -123,7 +123,9 @@ class GenerateMixin(ModelCore):
             effect = _donor_effects(self.module, query.codes[part], query.donors[part], seed)
             c = torch.from_numpy(query.codes[part]).to(self._device)
             depth = None if log_depth is None else log_depth[part].to(self._device)
-            y, (location, extra) = self.module.sample(c, noise, log_depth=depth, effect=effect)
+            y, (location, extra) = self.module.sample(
+                c, noise, log_depth=depth, effect=effect, **self._density_options
+            )
             if planted is not None:
                 location = location + planted(part).to(location)
             values = space.likelihood.draw(location, noise, extra).numpy()
@@ -193,14 +195,14 @@ class GenerateMixin(ModelCore):
         n_vars = len(self.var_names)
         mean, std = np.zeros((2, len(source), n_vars), np.float32)
         kept = []
-        space, density = self.module.space, self.module.density
+        space, prior = self.module.space, self.module.autoencoder_prior
         for block, part in blocks(len(source), "Counterfactual", show=progress_bar):
             noise = generator(seed, CELL, block)
             x, c, library = cells.tensors(part, self._device)
             new_c = torch.from_numpy(query.codes[part]).to(self._device)
             centre, sd = space.encode(x, c, library)
-            shift = density.mean(space.features.conditions(new_c))
-            shift = shift - density.mean(space.features.conditions(c))
+            shift = prior.mean(space.features.conditions(new_c))
+            shift = shift - prior.mean(space.features.conditions(c))
             effect = space.known_effect(new_c)
             moments = Moments()
             for _ in range(n_samples):
@@ -287,6 +289,7 @@ class GenerateMixin(ModelCore):
             "layer": layer or "",
             "size_factor_key": self._setup_args["size_factor_key"] or "",
             "training_seed": self.seed_,
+            **self._density_options,
         }
         return synthetic
 

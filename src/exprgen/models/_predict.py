@@ -201,7 +201,7 @@ class PredictMixin(ModelCore):
             codes = self.schema.encode(table, embedding, on_extrapolation="ignore")
         c = torch.from_numpy(codes).to(self._device)
         depth = None if log_depth is None else log_depth.expand(n_samples).to(self._device)
-        _, decoded = self.module.sample(c, noise, log_depth=depth)
+        _, decoded = self.module.sample(c, noise, log_depth=depth, **self._density_options)
         return decoded, int(space.features.donor(c[:1]))
 
     @torch.no_grad()

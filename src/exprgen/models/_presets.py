@@ -18,13 +18,15 @@ from exprgen.models._base import GenerativeModel
 from exprgen.models._build import Architecture, build_module
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anndata import AnnData
     from mudata import MuData
 
-    from exprgen.likelihoods import Dispersion
+    from exprgen.likelihoods import Dispersion, Likelihood
     from exprgen.models._build import DensityName
 
-__all__ = ["NBVAE", "ZINBVAE", "CondVAE"]
+__all__ = ["NBVAE", "ZINBVAE", "CondVAE", "count_likelihood"]
 
 _COUNTS = {
     "contaminated_nb": ContaminatedNegativeBinomial,
@@ -49,6 +51,15 @@ def _with_dispersion(
             'spread that depends on the cell: leave it at "gene".'
         )
     return choices[likelihood]
+
+
+def count_likelihood(
+    likelihood: str, dispersion: Dispersion | None
+) -> tuple[Callable[[int], Likelihood], Dispersion]:
+    """The likelihood's class with its dispersion, and which that is."""
+    if dispersion is None:
+        dispersion = "gene" if likelihood == "poisson" else "gene-cell"
+    return _with_dispersion(_COUNTS, likelihood, dispersion, "poisson"), dispersion
 
 
 class NBVAE(GenerativeModel):
@@ -114,9 +125,7 @@ class NBVAE(GenerativeModel):
         likelihood: Literal["contaminated_nb", "nb", "poisson"] = "contaminated_nb",
         dispersion: Dispersion | None = None,
     ) -> None:
-        if dispersion is None:
-            dispersion = "gene" if likelihood == "poisson" else "gene-cell"
-        law = _with_dispersion(_COUNTS, likelihood, dispersion, "poisson")
+        law, dispersion = count_likelihood(likelihood, dispersion)
         shape = Architecture(n_latent, n_hidden, n_layers, dropout, density, n_components)
         super().__init__(adata, registry, seed=seed)
         build_module(self, law, shape, likelihood=likelihood, dispersion=dispersion)

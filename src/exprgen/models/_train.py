@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,24 +26,30 @@ from exprgen.models._fields import check_unchanged
 from exprgen.models._mudata import own_name
 from exprgen.spaces import DataMoments
 from exprgen.train import (
-    MONITOR,
     CellDataModule,
     CellDataset,
+    DensityTrainingPlan,
+    EncodedDataset,
     GenerativeTrainingPlan,
     KeepBestWeights,
     check_plan,
     default_batch_size,
+    default_density_epochs,
     default_max_epochs,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from exprgen.spaces import Space
+    from exprgen.train import StagePlan
 
 __all__ = ["TrainMixin"]
 
 logger = logging.getLogger("exprgen")
+
+# Of the second stage: it is noisy, and costs as much as the steps of its short epochs.
+_N_VALIDATIONS = 40
 
 
 # What train() itself decides, by the name it has there.
@@ -76,12 +83,17 @@ class TrainMixin(ModelCore):
         devices: int | list[int] | str = "auto",
         progress_bar: bool = True,
         plan_kwargs: dict[str, Any] | None = None,
+        density_kwargs: dict[str, Any] | None = None,
         trainer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Train on the registered cells.
 
         The weights of the epoch with the best validation ELBO are kept. The caller's random
         streams are not touched; the same seed on the same machine gives the same weights.
+
+        Flow and diffusion models are trained in two stages, on one split: an autoencoder, with a
+        mixture as its prior, and then the density, on what the encoder made of the cells. The
+        first six arguments that follow are about the autoencoder and the split.
 
         Parameters
         ----------
@@ -99,15 +111,20 @@ class TrainMixin(ModelCore):
         early_stopping
             Whether to stop when the validation ELBO has not improved for a while.
         early_stopping_patience
-            Epochs to wait for an improvement; ``None`` is a quarter of the run.
+            Epochs to wait for an improvement; ``None`` is half the run, for what the fall of the
+            learning rate gains comes late.
         accelerator, devices
             As Lightning takes them.
         progress_bar
             Whether to show one.
         plan_kwargs
             Arguments of :class:`~exprgen.train.GenerativeTrainingPlan`, e.g. ``{"lr": 1e-3}``.
+        density_kwargs
+            Of the second stage, where there is one: ``"max_epochs"`` (by default what 2,000 steps
+            take), ``"batch_size"`` (256), and arguments of
+            :class:`~exprgen.train.DensityTrainingPlan`.
         trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`.
+            Arguments of :class:`scvi.train.Trainer`, of every stage.
 
         Raises
         ------
@@ -129,6 +146,7 @@ class TrainMixin(ModelCore):
         _arguments.check_bool(early_stopping, "early_stopping")
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
+        density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = _checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
         train_idx, val_idx = self._split(train_size, validation_size, split_key)
@@ -143,52 +161,145 @@ class TrainMixin(ModelCore):
         elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
-        data = CellDataModule(dataset, train_idx, val_idx, batch_size)
-        keep_best = KeepBestWeights()
+        module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
+        runner_kwargs = {
+            "accelerator": accelerator,
+            "devices": devices,
+            "early_stopping": early_stopping,
+            "enable_progress_bar": progress_bar,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", 10.0),
+            **trainer_kwargs,
+        }
+        finish = partial(self._finish, dataset, train_idx, val_idx, keys)
         with isolated(self.seed_), _quiet_lightning():
-            if not self.module.initialized:
-                self.module.space.initialize(_moments(dataset, train_idx, self.module.space))
-                self.module.initialized.fill_(True)
-            try:
-                # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
-                self.module.train()
-                plan = GenerativeTrainingPlan(
-                    self.module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
+            if not module.initialized:
+                module.space.initialize(_moments(dataset, train_idx, module.space))
+                module.initialized.fill_(True)
+            if self._autoencoder_split is None:
+                self._run_stage(
+                    GenerativeTrainingPlan(
+                        module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
+                    ),
+                    CellDataModule(dataset, train_idx, val_idx, batch_size),
+                    max_epochs,
+                    patience=early_stopping_patience or math.ceil(max_epochs / 2),
+                    callbacks=callbacks,
+                    finish=finish,
+                    **runner_kwargs,
                 )
-                runner = TrainRunner(
-                    self,
-                    training_plan=plan,
-                    data_splitter=data,
-                    max_epochs=max_epochs,
-                    accelerator=accelerator,
-                    devices=devices,
-                    early_stopping=early_stopping,
-                    early_stopping_monitor=MONITOR,
-                    early_stopping_patience=early_stopping_patience or math.ceil(max_epochs / 2),
-                    check_val_every_n_epoch=1 if len(val_idx) else None,
-                    enable_progress_bar=progress_bar,
-                    log_every_n_steps=1,
-                    gradient_clip_val=trainer_kwargs.pop("gradient_clip_val", 10.0),
-                    callbacks=[keep_best, *trainer_kwargs.pop("callbacks", [])],
-                    **trainer_kwargs,
+            if module.prior is not None:
+                first = {} if self._autoencoder_split is not None else self.history_ or {}
+                self._train_density(
+                    EncodedDataset(dataset, module.space, self._device),
+                    train_idx,
+                    val_idx,
+                    callbacks=callbacks,
+                    finish=finish,
+                    **density_kwargs,
+                    **runner_kwargs,
                 )
-                runner()
-            except BaseException:
-                # Whatever stopped it, a model that has weights to answer with can be used.
-                if keep_best.restore(self.module):
-                    self.is_trained_ = True
-                    self._finish(data, keys)
-                raise
-            finally:
-                self.module.eval()
-        self._finish(data, keys)
+                self.history_ = {**first, **(self.history_ or {})}
+        finish()
 
-    def _finish(self, data: CellDataModule, keys: np.ndarray) -> None:
+    def _run_stage(
+        self,
+        plan: StagePlan,
+        data: CellDataModule,
+        max_epochs: int,
+        *,
+        patience: int,
+        callbacks: list[Callback],
+        finish: Callable[[], None],
+        validate_every: int = 1,
+        **runner_kwargs: Any,
+    ) -> None:
+        """Train one stage, and keep its best weights.
+
+        ``finish`` is called if it is stopped and the model can be used all the same.
+        """
+        several = self.module.prior is not None
+        if several:
+            # The runner would join the stages' histories key by key, and drop what is not in both.
+            self.history_, self.is_trained_ = None, False
+        keep_best = KeepBestWeights(plan.monitor)
+        try:
+            # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
+            self.module.train()
+            runner = TrainRunner(
+                self,
+                training_plan=plan,
+                data_splitter=data,
+                max_epochs=max_epochs,
+                early_stopping_monitor=plan.monitor,
+                early_stopping_patience=patience,
+                check_val_every_n_epoch=validate_every if data.n_val else None,
+                callbacks=[keep_best, *callbacks],
+                **runner_kwargs,
+            )
+            runner()
+        except BaseException:
+            # Whatever stopped it, a model that has weights to answer with can be used.
+            restored = keep_best.restore(self.module)
+            if restored and not (several and isinstance(plan, GenerativeTrainingPlan)):
+                self.is_trained_ = True
+                finish()
+            raise
+        finally:
+            self.module.eval()
+
+    def _train_density(
+        self,
+        encoded: EncodedDataset,
+        train_idx: np.ndarray,
+        val_idx: np.ndarray,
+        *,
+        max_epochs: int | None = None,
+        batch_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        """The second stage: the density, on what the encoder made of the cells."""
+        words = inspect.signature(DensityTrainingPlan).parameters
+        numbers = {word: kwargs.pop(word) for word in list(kwargs) if word in words}
+        mean, sd = encoded.mean[train_idx], encoded.sd[train_idx]
+        plan = DensityTrainingPlan(self.module, seed=self.seed_, **numbers)
+        plan.density.standardise((mean + sd * torch.randn_like(sd)).to(self._device))
+        max_epochs = max_epochs or default_density_epochs(len(train_idx), batch_size)
+        validate_every = math.ceil(max_epochs / _N_VALIDATIONS)
+        self._run_stage(
+            plan,
+            CellDataModule(encoded, train_idx, val_idx, batch_size),
+            max_epochs,
+            patience=math.ceil(_N_VALIDATIONS / 2),
+            validate_every=validate_every,
+            **kwargs,
+        )
+
+    def _checked_density(self, kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        """Refuse what the second stage cannot be trained with, or any if there is none."""
+        if self.module.prior is None:
+            if kwargs:
+                raise TypeError(
+                    f"density_kwargs is for models with a second stage; {type(self).__name__} is "
+                    "trained in one, see plan_kwargs."
+                )
+            return {}
+        sizes = ("max_epochs", "batch_size")
+        kwargs = _checked(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
+        for name in sizes:
+            if kwargs.get(name) is not None:
+                _arguments.check_positive_int(kwargs[name], f"density_kwargs[{name!r}]")
+        check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
+        return {name: value for name, value in kwargs.items() if value is not None}
+
+    def _finish(
+        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray, keys: np.ndarray
+    ) -> None:
         """Record which cells were used, and what they were."""
-        self.train_indices_, self.validation_indices_ = data.train_idx, data.val_idx
-        self.test_indices_ = data.test_idx
-        self.cell_keys_ = {"train": keys[data.train_idx], "validation": keys[data.val_idx]}
-        self._observe(data.train_idx)
+        self.train_indices_, self.validation_indices_ = train_idx, val_idx
+        self.test_indices_ = np.setdiff1d(np.arange(len(dataset)), np.r_[train_idx, val_idx])
+        self.cell_keys_ = {"train": keys[train_idx], "validation": keys[val_idx]}
+        self._observe(train_idx)
 
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""
@@ -208,6 +319,8 @@ class TrainMixin(ModelCore):
         self, train_size: float, validation_size: float | None, split_key: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of training and validation cells."""
+        if self._autoencoder_split is not None:
+            return self._autoencoder_split
         adata = self._readable(self.adata, *([] if split_key is None else [split_key]))
         n_obs = adata.n_obs
         if split_key is not None:
@@ -254,12 +367,14 @@ def _quiet_lightning() -> Iterator[None]:
         rank_zero.setLevel(level)
 
 
-def _checked(kwargs: dict[str, Any] | None, argument: str, *owners: type) -> dict[str, Any]:
+def _checked(
+    kwargs: dict[str, Any] | None, argument: str, *owners: type, also: Sequence[str] = ()
+) -> dict[str, Any]:
     """Refuse unknown keywords before anything runs."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"{argument} must be a dict or None, got {kwargs!r}.")
     allowed = {word for owner in owners for word in inspect.signature(owner).parameters}
-    allowed -= {"module", "n_obs_training", "seed", "kwargs"}
+    allowed = allowed - {"module", "n_obs_training", "seed", "kwargs"} | {*also}
     for word in kwargs or {}:
         if word not in allowed:
             raise TypeError(

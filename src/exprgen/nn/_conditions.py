@@ -40,6 +40,13 @@ class ConditionFeatures(nn.Module):
         self.n_features = 1 + sum(layout.n_categories) + layout.n_continuous + layout.n_embedding
 
     @property
+    def blocks(self) -> list[int]:
+        """Width of each condition's features, in their order after the constant."""
+        layout = self.layout
+        embedding = [layout.n_embedding] if layout.n_embedding else []
+        return [*layout.n_categories, *[1] * layout.n_continuous, *embedding]
+
+    @property
     def labels(self) -> list[slice]:
         """Columns of each categorical condition and of the batch among features and batch."""
         starts = list(accumulate(self.layout.n_categories, initial=1))

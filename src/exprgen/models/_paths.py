@@ -1,0 +1,323 @@
+"""The models whose density is a path from noise: ``ExprFlow`` and ``ExprDiffusion``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from exprgen import _arguments
+from exprgen._errors import closest
+from exprgen.models._base import GenerativeModel
+from exprgen.models._build import Architecture, build_module
+from exprgen.models._presets import NBVAE, count_likelihood
+from exprgen.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+    from mudata import MuData
+
+    from exprgen.likelihoods import Dispersion
+    from exprgen.schedules import Target, Times, Weighting
+
+__all__ = ["ExprDiffusion", "ExprFlow"]
+
+
+class PathModel(GenerativeModel):
+    """What flow and diffusion models share: an autoencoder of counts, and a path in its space."""
+
+    needs_counts = True
+
+    _AUTOENCODER: ClassVar[tuple[str, ...]] = (
+        "n_latent", "n_hidden", "n_layers", "dropout", "n_components", "likelihood", "dispersion",
+    )  # fmt: skip
+
+    @classmethod
+    def from_autoencoder(cls, model: NBVAE, *, seed: int | None = None, **path: Any) -> Self:
+        """A model whose autoencoder is that of a trained :class:`~exprgen.NBVAE`.
+
+        Its weights are copied; :meth:`train` then trains the density alone, on the split that the
+        other model was trained on.
+
+        Parameters
+        ----------
+        model
+            Trained, with its data and a mixture as density.
+        seed
+            Of the density's initial weights and training; ``None`` takes the model's.
+        **path
+            Arguments of this class about its density.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the model is no such model.
+        """
+        if not isinstance(model, NBVAE):
+            raise TypeError(f"model must be an exprgen.NBVAE, got {type(model).__name__}.")
+        model._check_trained()
+        said = model.init_params_["non_kwargs"]
+        if said["density"] != "mixture":
+            raise ValueError(f"model must have density='mixture', got {said['density']!r}.")
+        for word in path.keys() & {*cls._AUTOENCODER, "adata", "registry"}:
+            raise TypeError(f"from_autoencoder() takes {word} from the model.")
+        data = model._own_data()
+        setup = getattr(cls, model.registry_["setup_method_name"])
+        setup(data, **model.registry_["setup_args"])
+        shape = {word: said[word] for word in cls._AUTOENCODER}
+        new = cls(data, seed=model.seed_ if seed is None else seed, **shape, **path)
+        new.module.space.load_state_dict(model.module.space.state_dict())
+        new.module.autoencoder_prior.load_state_dict(model.module.density.state_dict())
+        new.module.initialized.fill_(True)
+        new._autoencoder_split = model.train_indices_, model.validation_indices_
+        return new
+
+    @contextmanager
+    def _drawing(
+        self,
+        guidance: float | Mapping[str, float],
+        n_steps: int | None,
+        solver: str | None,
+    ) -> Iterator[None]:
+        """Inside, cells are drawn as said."""
+        options: dict[str, Any] = {}
+        if n_steps is not None:
+            options["n_steps"] = _arguments.check_positive_int(n_steps, "n_steps")
+        if solver is not None:
+            options["solver"] = _arguments.check_choice(solver, "solver", tuple(SOLVERS))
+        weights = self._guidance(guidance)
+        if any(weight != 1 for weight in weights):
+            options["guidance"] = weights
+        self._density_options = options
+        try:
+            yield
+        finally:
+            del self._density_options
+
+    def _guidance(self, guidance: float | Mapping[str, float]) -> list[float]:
+        """A weight per condition, in their order."""
+        keys = self.schema.condition_keys
+        if not isinstance(guidance, Mapping):
+            return [_arguments.check_number(guidance, "guidance")] * len(keys)
+        for key in guidance:
+            if key not in keys:
+                raise KeyError(
+                    f"guidance has {key!r}, which is no condition; there are {keys}."
+                    f"{closest(str(key), keys)}"
+                )
+        return [
+            _arguments.check_number(guidance.get(key, 1.0), f"guidance[{key!r}]") for key in keys
+        ]
+
+    def sample(
+        self,
+        *args: Any,
+        guidance: float | Mapping[str, float] = 1.0,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        **kwargs: Any,
+    ) -> AnnData:
+        """Draw new cells for given conditions.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            See :meth:`NBVAE.sample`.
+        guidance
+            Weight of all conditions, or of each by name: 1 as trained, 0 as if it were not known,
+            above 1 sharper, and with less variance than cells have :cite:p:`ho2022`. It acts on
+            the latent state; the decoder reads conditions as they are. Every condition with
+            another weight than 0 and 1 doubles the time.
+        n_steps, solver
+            Of :mod:`exprgen.solvers`, in place of the model's own.
+
+        Returns
+        -------
+        As :meth:`NBVAE.sample`.
+        """
+        with self._drawing(guidance, n_steps, solver):
+            return super().sample(*args, **kwargs)
+
+    def predict(
+        self,
+        *args: Any,
+        guidance: float | Mapping[str, float] = 1.0,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        **kwargs: Any,
+    ) -> AnnData | MuData:
+        """Mean, spread and quantiles of p(x | c).
+
+        Parameters
+        ----------
+        *args, **kwargs
+            See :meth:`NBVAE.predict`.
+        guidance, n_steps, solver
+            See :meth:`sample`.
+
+        Returns
+        -------
+        As :meth:`NBVAE.predict`.
+        """
+        with self._drawing(guidance, n_steps, solver):
+            return super().predict(*args, **kwargs)
+
+
+class ExprFlow(PathModel):
+    """Flow matching in the latent space of counts.
+
+    An autoencoder of counts, which is :class:`NBVAE`, is trained first. A flow then learns the law
+    of its latent state and depth given the conditions, by regression on the velocity of straight
+    paths from noise :cite:p:`lipman2023`; a few steps along them draw a cell. Its log-density is
+    exact up to the solver's error, so that :meth:`log_likelihood` is a bound of the same kind as
+    every other model's.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`, or MuData with :meth:`setup_mudata`.
+    registry
+        The registry of a saved model, instead of data.
+    seed
+        Of the initial weights and of training.
+    n_latent, n_hidden, n_layers, dropout, n_components, likelihood, dispersion
+        Of the autoencoder, see :class:`NBVAE`.
+    density_hidden, density_layers
+        Width and number of the blocks of the flow's network.
+    condition_dropout
+        Share of training rows in which a condition is hidden, so that it can be weighed by
+        ``guidance``.
+    coupling
+        Of data and noise in training: ``"independent"``, or ``"optimal_transport"`` within
+        conditions :cite:p:`tong2024`, which straightens paths at four times the cost.
+    objective
+        ``"matching"``, or ``"mle"``: maximum likelihood of the continuous normalizing flow
+        :cite:p:`grathwohl2019`, which is far slower.
+    solver, n_steps
+        How to draw, see :mod:`exprgen.solvers`.
+
+    Examples
+    --------
+    >>> import exprgen
+    >>> adata = exprgen.datasets.pbmc68k_reduced()
+    >>> exprgen.ExprFlow.setup_anndata(
+    ...     adata, layer="counts", categorical_condition_keys=["cell_type"]
+    ... )
+    >>> model = exprgen.ExprFlow(adata, seed=0)
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        n_components: int = 10,
+        likelihood: Literal["contaminated_nb", "nb", "poisson"] = "contaminated_nb",
+        dispersion: Dispersion | None = None,
+        density_hidden: int = 256,
+        density_layers: int = 2,
+        condition_dropout: float = 0.1,
+        coupling: Literal["independent", "optimal_transport"] = "independent",
+        objective: Literal["matching", "mle"] = "matching",
+        solver: str = "heun",
+        n_steps: int = 5,
+    ) -> None:
+        law, dispersion = count_likelihood(likelihood, dispersion)
+        shape = Architecture(n_latent, n_hidden, n_layers, dropout, "mixture", n_components)
+        path = {
+            "n_hidden": density_hidden,
+            "n_layers": density_layers,
+            "condition_dropout": condition_dropout,
+            "coupling": coupling,
+            "objective": objective,
+            "solver": solver,
+            "n_steps": n_steps,
+        }
+        super().__init__(adata, registry, seed=seed)
+        build_module(self, law, shape, path, likelihood=likelihood, dispersion=dispersion)
+        self.init_params_ = self._get_init_params(locals())
+
+
+class ExprDiffusion(PathModel):
+    """Score-based diffusion in the latent space of counts.
+
+    As :class:`ExprFlow`, with a path on which variance is preserved and a network that tells data
+    from noise :cite:p:`ho2020,song2021`.
+
+    Parameters
+    ----------
+    adata, registry, seed
+        See :class:`ExprFlow`.
+    n_latent, n_hidden, n_layers, dropout, n_components, likelihood, dispersion
+        Of the autoencoder, see :class:`NBVAE`.
+    density_hidden, density_layers, condition_dropout
+        See :class:`ExprFlow`.
+    schedule
+        ``"cosine"``, ``"vp"``, ``"sub_vp"``, ``"ve"``, ``"edm"`` or ``"linear"``, see
+        :mod:`exprgen.schedules`.
+    target
+        What the network predicts: ``"v"`` :cite:p:`salimans2022`, ``"noise"``, ``"data"``,
+        ``"score"``, ``"velocity"`` or ``"edm"``, the preconditioned one :cite:p:`karras2022`.
+    weighting
+        Of errors by time: ``"uniform"``, ``"min_snr"``, ``"likelihood"`` or ``"edm"``.
+    times
+        Law of the times of training: ``"uniform"``, ``"logit_normal"`` or ``"log_normal"``.
+    solver, n_steps
+        How to draw, see :mod:`exprgen.solvers`.
+
+    Examples
+    --------
+    >>> import exprgen
+    >>> adata = exprgen.datasets.pbmc68k_reduced()
+    >>> exprgen.ExprDiffusion.setup_anndata(
+    ...     adata, layer="counts", categorical_condition_keys=["cell_type"]
+    ... )
+    >>> model = exprgen.ExprDiffusion(adata, seed=0)
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        registry: dict[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        n_components: int = 10,
+        likelihood: Literal["contaminated_nb", "nb", "poisson"] = "contaminated_nb",
+        dispersion: Dispersion | None = None,
+        density_hidden: int = 256,
+        density_layers: int = 2,
+        condition_dropout: float = 0.1,
+        schedule: str = "cosine",
+        target: Target = "v",
+        weighting: Weighting = "uniform",
+        times: Times = "uniform",
+        solver: str = "heun",
+        n_steps: int = 5,
+    ) -> None:
+        law, dispersion = count_likelihood(likelihood, dispersion)
+        shape = Architecture(n_latent, n_hidden, n_layers, dropout, "mixture", n_components)
+        path = {
+            "n_hidden": density_hidden,
+            "n_layers": density_layers,
+            "condition_dropout": condition_dropout,
+            "schedule": schedule,
+            "target": target,
+            "weighting": weighting,
+            "times": times,
+            "solver": solver,
+            "n_steps": n_steps,
+        }
+        super().__init__(adata, registry, seed=seed)
+        build_module(self, law, shape, path, likelihood=likelihood, dispersion=dispersion)
+        self.init_params_ = self._get_init_params(locals())

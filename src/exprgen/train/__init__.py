@@ -1,0 +1,31 @@
+"""Training: the plans (what a step does), the data (which cells it sees), the best weights."""
+
+from exprgen.train._callbacks import KeepBestWeights
+from exprgen.train._data import (
+    CellDataModule,
+    CellDataset,
+    EncodedDataset,
+    default_batch_size,
+    default_density_epochs,
+    default_max_epochs,
+)
+from exprgen.train._plans import (
+    DensityTrainingPlan,
+    GenerativeTrainingPlan,
+    StagePlan,
+    check_plan,
+)
+
+__all__ = [
+    "CellDataModule",
+    "CellDataset",
+    "DensityTrainingPlan",
+    "EncodedDataset",
+    "GenerativeTrainingPlan",
+    "KeepBestWeights",
+    "StagePlan",
+    "check_plan",
+    "default_batch_size",
+    "default_density_epochs",
+    "default_max_epochs",
+]

@@ -1,0 +1,62 @@
+"""What is kept of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+
+    from exprgen.train._plans import StagePlan
+
+__all__ = ["KeepBestWeights"]
+
+
+class KeepBestWeights(Callback):
+    """Remember the weights of the best validation epoch and put them back at the end.
+
+    Parameters
+    ----------
+    monitor
+        What is validated (lower is better).
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+        self.best = math.inf
+        self.best_epoch: int | None = None
+        self._weights: dict[str, Tensor] | None = None
+
+    def restore(self, module: torch.nn.Module) -> bool:
+        """Load the best weights, or those of the start; say whether an epoch was finished."""
+        if self._weights is not None:
+            module.load_state_dict(self._weights)
+        return self.best_epoch is not None
+
+    def _keep(self, plan: StagePlan) -> None:
+        with plan.averaged():
+            state = plan.module.state_dict()
+            self._weights = {name: tensor.clone() for name, tensor in state.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: StagePlan) -> None:
+        """Keep what there is, so that a run that diverges at once can be tried again."""
+        self._keep(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: StagePlan) -> None:
+        """Keep this epoch's weights if its validation is the best so far.
+
+        This hook runs after the validation loop. Without validation the last epoch is the best.
+        """
+        value = float(trainer.callback_metrics.get(self.monitor, -trainer.current_epoch))
+        if value < self.best:
+            self.best, self.best_epoch = value, trainer.current_epoch
+            self._keep(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: StagePlan) -> None:
+        """Put the best weights back."""
+        self.restore(pl_module.module)
