@@ -120,7 +120,7 @@ class TrainMixin(ModelCore):
         plan_kwargs
             Arguments of :class:`~exprgen.train.GenerativeTrainingPlan`, e.g. ``{"lr": 1e-3}``.
         density_kwargs
-            Of the second stage, where there is one: ``"max_epochs"`` (by default what 2,000 steps
+            Of the second stage, where there is one: ``"max_epochs"`` (by default what 1,000 steps
             take), ``"batch_size"`` (256), and arguments of
             :class:`~exprgen.train.DensityTrainingPlan`.
         trainer_kwargs

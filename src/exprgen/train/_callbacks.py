@@ -52,7 +52,9 @@ class KeepBestWeights(Callback):
 
         This hook runs after the validation loop. Without validation the last epoch is the best.
         """
-        value = float(trainer.callback_metrics.get(self.monitor, -trainer.current_epoch))
+        validates = trainer.check_val_every_n_epoch is not None
+        value = trainer.callback_metrics.get(self.monitor, math.inf)
+        value = float(value) if validates else -trainer.current_epoch
         if value < self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
             self._keep(pl_module)

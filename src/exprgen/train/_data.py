@@ -25,7 +25,7 @@ __all__ = [
     "default_max_epochs",
 ]
 
-_N_DENSITY_STEPS = 2000
+_N_DENSITY_STEPS = 1000
 
 
 def default_batch_size(n_train: int) -> int:
@@ -45,7 +45,7 @@ def default_max_epochs(n_train: int) -> int:
 
 
 def default_density_epochs(n_train: int, batch_size: int) -> int:
-    """As many as 2,000 steps take, or two where that is less."""
+    """As many as 1,000 steps take, or two where that is less."""
     return max(2, math.ceil(_N_DENSITY_STEPS / math.ceil(n_train / batch_size)))
 
 
