@@ -189,7 +189,10 @@ class TrainMixin(ModelCore):
                     **runner_kwargs,
                 )
             if module.prior is not None:
-                first = {} if self._autoencoder_split is not None else self.history_ or {}
+                first = {}
+                if self._autoencoder_split is None:
+                    # What density there is belongs to the space as it was before.
+                    first, self.is_trained_ = self.history_ or {}, False
                 self._train_density(
                     EncodedDataset(dataset, module.space, self._device),
                     train_idx,
@@ -219,10 +222,11 @@ class TrainMixin(ModelCore):
         ``finish`` is called if it is stopped and the model can be used all the same.
         """
         several = self.module.prior is not None
+        before = self.history_, self.is_trained_
         if several:
             # The runner would join the stages' histories key by key, and drop what is not in both.
             self.history_, self.is_trained_ = None, False
-        keep_best = KeepBestWeights(plan.monitor)
+        keep_best = KeepBestWeights(plan.monitor if data.n_val else None)
         try:
             # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
             self.module.train()
@@ -240,8 +244,9 @@ class TrainMixin(ModelCore):
             runner()
         except BaseException:
             # Whatever stopped it, a model that has weights to answer with can be used.
-            restored = keep_best.restore(self.module)
-            if restored and not (several and isinstance(plan, GenerativeTrainingPlan)):
+            if not keep_best.restore(self.module):
+                self.history_, self.is_trained_ = before
+            elif not (several and isinstance(plan, GenerativeTrainingPlan)):
                 self.is_trained_ = True
                 finish()
             raise

@@ -23,10 +23,11 @@ class KeepBestWeights(Callback):
     Parameters
     ----------
     monitor
-        What is validated (lower is better).
+        What is validated (lower is better), in some epochs or in all; ``None`` where nothing is,
+        and the last epoch is the best.
     """
 
-    def __init__(self, monitor: str) -> None:
+    def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
         self.best = math.inf
         self.best_epoch: int | None = None
@@ -50,11 +51,13 @@ class KeepBestWeights(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: StagePlan) -> None:
         """Keep this epoch's weights if its validation is the best so far.
 
-        This hook runs after the validation loop. Without validation the last epoch is the best.
+        This hook runs after the validation loop. An epoch without one has the number of the last
+        that had one, if any, which is not better than itself.
         """
-        validates = trainer.check_val_every_n_epoch is not None
-        value = trainer.callback_metrics.get(self.monitor, math.inf)
-        value = float(value) if validates else -trainer.current_epoch
+        if self.monitor is None:
+            value = -float(trainer.current_epoch)
+        else:
+            value = float(trainer.callback_metrics.get(self.monitor, math.inf))
         if value < self.best:
             self.best, self.best_epoch = value, trainer.current_epoch
             self._keep(pl_module)
