@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from exprgen.nn import Denoiser
     from exprgen.schedules import Coefficients, Prediction, Schedule, Target
 
-__all__ = ["GuidedField", "HidingMixture", "Term", "evaluate", "terms_of"]
+__all__ = ["GuidedField", "HidingMixture", "Term", "WatchedField", "evaluate", "terms_of"]
 
 
 class Term(NamedTuple):
@@ -118,6 +118,52 @@ class GuidedField:
             for keep, weight in self.terms
         ]
         return predict(self.target, sum(outputs[1:], outputs[0]), y_t, at)
+
+
+@dataclass(frozen=True)
+class WatchedField:
+    """A field that stops its solver where points are no numbers.
+
+    Parameters
+    ----------
+    field
+        What the solver follows.
+    n_steps
+        How many steps it takes; ``None`` where the tolerance decides.
+    """
+
+    field: GuidedField
+    n_steps: int | None
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the field."""
+        return self.field.schedule
+
+    def predict(self, y_t: Tensor, t: Tensor) -> Prediction:
+        """Predict from points ``(n_obs, n_dims)`` at a time ``()``."""
+        self.check(y_t, t)
+        return self.field.predict(y_t, t)
+
+    def check(self, y_t: Tensor, t: Tensor) -> None:
+        """Refuse points at a time ``()`` that are not finite.
+
+        Raises
+        ------
+        RuntimeError
+            If any is not; it names the step that led to them.
+        """
+        if torch.isfinite(y_t).all():
+            return
+        where = f"at time {float(t):.3g} of the path"
+        if self.n_steps is not None:
+            step = int((self.schedule.times(self.n_steps) < t).sum())
+            where = f"in step {step} of {self.n_steps}, {where}"
+        raise RuntimeError(
+            f"The solver left the numbers {where}: it has points that are NaN or infinite. Draw "
+            "with weights of guidance nearer to 1, or train the density with a smaller learning "
+            "rate."
+        )
 
 
 class HidingMixture(Mixture):

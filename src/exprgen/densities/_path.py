@@ -20,7 +20,14 @@ from exprgen._errors import name_some
 from exprgen._random import BLOCK_SIZE
 from exprgen.couplings import COUPLINGS, labels_and_numbers
 from exprgen.densities._base import ConditionalDensity
-from exprgen.densities._guidance import GuidedField, HidingMixture, Term, evaluate, terms_of
+from exprgen.densities._guidance import (
+    GuidedField,
+    HidingMixture,
+    Term,
+    WatchedField,
+    evaluate,
+    terms_of,
+)
 from exprgen.nn import Denoiser
 from exprgen.schedules import (
     TARGETS,
@@ -320,6 +327,8 @@ class Path(ConditionalDensity):
         ValueError
             If the last coordinate is fixed and has no law of its own, the solver cannot serve, or
             there is not one weight per condition.
+        RuntimeError
+            If the solver meets points that are not finite; it names the step.
         """
         if last is not None:
             self._check_depth("last")
@@ -334,8 +343,10 @@ class Path(ConditionalDensity):
             noise = torch.randn(len(rows), self.n_path, generator=generator)
             start = self.schedule.prior_scale * noise.to(self.scale)
             distinct, row = torch.unique(block, dim=0, return_inverse=True)
-            field = self._field(distinct, given, terms, row)
+            counted = None if SOLVERS[solver].per_step is None else n_steps
+            field = WatchedField(self._field(distinct, given, terms, row), counted)
             u = solve(solver, field, start, n_steps, generator)
+            field.check(u, torch.ones((), dtype=torch.float64))
             draws.append(u if given is None else torch.cat([u, given], dim=1))
         if not draws:
             return self.scale.new_zeros(0, self.n_dims)
