@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import numpy as np
+
 from exprgen import _arguments
 from exprgen._errors import closest
 from exprgen.models._base import GenerativeModel
 from exprgen.models._build import Architecture, build_module
+from exprgen.models._cells import cell_keys
 from exprgen.models._presets import NBVAE, count_likelihood
 from exprgen.solvers import SOLVERS
 
@@ -63,15 +66,21 @@ class PathModel(GenerativeModel):
             raise ValueError(f"model must have density='mixture', got {said['density']!r}.")
         for word in path.keys() & {*cls._AUTOENCODER, "adata", "registry"}:
             raise TypeError(f"from_autoencoder() takes {word} from the model.")
-        data = model._own_data()
+        data, split = model._own_data(), (model.train_indices_, model.validation_indices_)
+        cells = model._cells(None, training=True)
+        keys = cell_keys(cells.adata, cells.reader)
+        for name, rows in zip(("train", "validation"), split, strict=True):
+            own = keys[rows[rows < len(keys)]]
+            if not np.array_equal(own, model.cell_keys_[name]):
+                raise ValueError("model must have the data that it was trained on, not others.")
         setup = getattr(cls, model.registry_["setup_method_name"])
-        setup(data, **model.registry_["setup_args"])
+        setup(data, source_registry=model.registry_, **model.registry_["setup_args"])
         shape = {word: said[word] for word in cls._AUTOENCODER}
         new = cls(data, seed=model.seed_ if seed is None else seed, **shape, **path)
         new.module.space.load_state_dict(model.module.space.state_dict())
         new.module.autoencoder_prior.load_state_dict(model.module.density.state_dict())
         new.module.initialized.fill_(True)
-        new._autoencoder_split = model.train_indices_, model.validation_indices_
+        new._autoencoder_split = split
         return new
 
     @contextmanager
