@@ -193,7 +193,8 @@ class GenerativeTrainingPlan(StagePlan):
     weight_decay
         AdamW's, on weight matrices of the networks only.
     kl_warmup
-        Fraction of the steps over which the weight of the KL term grows from 0 to 1.
+        Fraction of the steps over which the weight of the KL term grows from 0 to 1. A short one
+        leaves how genes vary together within a condition to the dispersions.
     beta
         Final weight of the KL divergence of the latent state :cite:p:`higgins2017`: above 1 the
         state holds less of the data, below 1 more. What is logged, and what the best epoch is
@@ -225,7 +226,7 @@ class GenerativeTrainingPlan(StagePlan):
         donor_lr_factor: float = 10.0,
         offset_lr_factor: float = 5.0,
         weight_decay: float = 1e-4,
-        kl_warmup: float = 0.2,
+        kl_warmup: float = 0.8,
         beta: float = 1.0,
         lr_warmup: float = 0.2,
         seed: int = 0,
