@@ -20,15 +20,21 @@ def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def _moments_of(x, c):
+    wide = x.double()
+    total = wide.sum(1)
+    sums = wide.sum(0), wide.square().sum(0), total @ wide, wide.amin(0)
+    # Neither labels nor donors are read.
+    return DataMoments(total, c, c[:, 2].long(), c.double().T @ wide, *sums)
+
+
 def _data(n=400):
     """Values of genes of very different scale, the last one constant; codes; moments."""
     rng = np.random.default_rng(0)
     x = rng.normal([0, 3, -50, 2], [1e-3, 1, 20, 0], (n, 4)).astype(np.float32)
     c = np.c_[rng.integers(0, 3, n), rng.integers(0, 2, n), rng.integers(0, 2, n)]
     x, c = torch.from_numpy(x), torch.from_numpy(c).float()
-    total, wide = x.sum(1).double(), x.double()
-    moments = DataMoments(total, c, wide.sum(0), wide.square().sum(0), total @ wide, wide.amin(0))
-    return x, c, moments
+    return x, c, _moments_of(x, c)
 
 
 def _space(likelihood=None, *, scale=0.3):
@@ -73,9 +79,7 @@ def test_units_do_not_matter():
     x, c, moments = _data()
     factor, shift = torch.tensor([1000.0, 2, 0.1, 1]), torch.tensor([5.0, 0, -3, 0])
     other = x * factor + shift
-    wide = other.double()
-    total = wide.sum(1)
-    there = DataMoments(total, c, wide.sum(0), wide.square().sum(0), total @ wide, wide.amin(0))
+    total, there = other.double().sum(1), _moments_of(other, c)
     spaces = []
     for given in (moments, there):
         space = _space()
