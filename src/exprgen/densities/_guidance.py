@@ -155,14 +155,14 @@ class WatchedField:
         """
         if torch.isfinite(y_t).all():
             return
-        where = f"at time {float(t):.3g} of the path"
         if self.n_steps is not None:
             step = int((self.schedule.times(self.n_steps) < t).sum())
-            where = f"in step {step} of {self.n_steps}, {where}"
+            where = f"in step {step} of {self.n_steps}"
+        else:  # it takes the length of its first step from the field
+            where = f"at time {float(t):.3g} of the path" if t.isfinite() else "in its first step"
         raise RuntimeError(
-            f"The solver left the numbers {where}: it has points that are NaN or infinite. Draw "
-            "with weights of guidance nearer to 1, or train the density with a smaller learning "
-            "rate."
+            f"The solver came to points that are NaN or infinite {where}. Draw with weights of "
+            "guidance nearer to 1, or train the density with a smaller learning rate."
         )
 
 
