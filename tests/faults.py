@@ -24,8 +24,9 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from exprgen import NBVAE
+from exprgen import NBVAE, ExprDiffusion, ExprFlow
 from exprgen.datasets import simulate_latent
+from exprgen.models import GenerativeModel
 
 ROLES = {
     "layer": "counts",
@@ -35,6 +36,13 @@ ROLES = {
     "continuous_condition_keys": ["dose"],
 }
 TINY = {"n_hidden": 8, "n_latent": 2, "n_components": 2}
+TINY_PATH = {**TINY, "density_hidden": 8, "density_layers": 1}
+PATHS = (ExprFlow, ExprDiffusion)
+"""Models of two stages."""
+every_model = pytest.mark.parametrize(
+    "model", [NBVAE, *PATHS], indirect=True, ids=lambda model: model.__name__
+)
+"""A row that is not of one model: what verbs share is tested with one of each kind."""
 N_OBS, N_VARS = 90, 12
 
 
@@ -50,17 +58,28 @@ def make_cells(n_obs: int = N_OBS) -> AnnData:
     return adata
 
 
-def fit(adata: AnnData, *, max_epochs: int = 1, seed: int = 0, **setup: Any) -> NBVAE:
-    NBVAE.setup_anndata(adata, **setup)
-    model = NBVAE(adata, seed=seed, **TINY)
-    model.train(max_epochs, progress_bar=False)
+def fit(
+    adata: AnnData,
+    *,
+    model_class: type[GenerativeModel] = NBVAE,
+    max_epochs: int = 1,
+    seed: int = 0,
+    **setup: Any,
+) -> Any:
+    model_class.setup_anndata(adata, **setup)
+    if model_class in PATHS:
+        model = model_class(adata, seed=seed, **TINY_PATH)
+        second = {"density_kwargs": {"max_epochs": max_epochs}}
+    else:
+        model, second = model_class(adata, seed=seed, **TINY), {}
+    model.train(max_epochs, progress_bar=False, **second)
     return model
 
 
 @cache
-def trained_on_all_roles() -> NBVAE:
+def trained_on_all_roles(model_class: type[GenerativeModel] = NBVAE) -> Any:
     """Tests give it copies to write to."""
-    return fit(make_cells(), max_epochs=3, **ROLES)
+    return fit(make_cells(), model_class=model_class, max_epochs=3, **ROLES)
 
 
 @cache

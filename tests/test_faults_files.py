@@ -24,9 +24,11 @@ from anndata import AnnData
 from faults import (
     N_OBS,
     N_VARS,
+    PATHS,
     ROLES,
     assert_same,
     digest,
+    every_model,
     fit,
     latent_of,
     make_cells,
@@ -63,8 +65,8 @@ def adata() -> AnnData:
 
 
 @pytest.fixture
-def model() -> NBVAE:
-    return trained_on_all_roles()
+def model(request: pytest.FixtureRequest) -> Any:
+    return trained_on_all_roles(getattr(request, "param", NBVAE))
 
 
 @pytest.fixture
@@ -126,6 +128,7 @@ def test_E01_malicious_manifest(folder, tmp_path):
     assert not evil.sentinel.exists()
 
 
+@every_model
 def test_E01_files_hold_nothing_to_unpickle(folder):
     payload = torch.load(folder / "model.pt", weights_only=True)
     assert {"model_state_dict", "var_names", "attr_dict"} <= payload.keys()
@@ -137,6 +140,9 @@ def test_E02_wrong_class(folder):
 
     with refused(CheckpointError, folder, "NBVAE", "OtherVAE", "NBVAE.load"):
         OtherVAE.load(folder)
+    for other in PATHS:
+        with refused(CheckpointError, folder, "NBVAE", other.__name__, "NBVAE.load"):
+            other.load(folder)
 
 
 DAMAGE = {
@@ -250,6 +256,26 @@ def test_E03_a_model_that_no_model_has_written(folder, spoil, data):
     rewrite_model(folder, spoil)
     given = {"adata": make_cells()} if data else {}
     load_is_refused(folder, CheckpointError, folder, "corrupted", **given)
+
+
+PATH_BIAS = "density__network__output__bias"
+MADE_UP_PATHS = {
+    "weight missing": of(*WEIGHTS, **{PATH_BIAS: ...}),
+    "weight of another shape": of(*WEIGHTS, **{PATH_BIAS: torch.zeros(30)}),
+    "weight is not finite": of(*WEIGHTS, **{PATH_BIAS: torch.full((2,), np.nan)}),
+    "first stage missing": of(*WEIGHTS, prior__linear__weight=...),
+    "solver unknown": of(*ARGUMENTS, solver="os.system"),
+    "steps are text": of(*ARGUMENTS, n_steps="5"),
+    "width of another value": of(*ARGUMENTS, density_hidden=9),
+}
+
+
+@parametrize("spoil", MADE_UP_PATHS.values(), ids=MADE_UP_PATHS)
+@parametrize("model", PATHS, indirect=True, ids=lambda model: model.__name__)
+def test_E03_a_path_that_no_model_has_written(folder, model, spoil):
+    rewrite_model(folder, spoil)
+    with refused(CheckpointError, folder):
+        type(model).load(folder)
 
 
 def test_E01_a_file_sets_nothing_but_what_is_saved(folder, model):
@@ -504,8 +530,9 @@ def test_E12_odd_paths(model, tmp_path, name, form, monkeypatch):
     assert_same(NBVAE.load(form(name)).sample(T0, 3, seed=0).X, model.sample(T0, 3, seed=0).X)
 
 
+@every_model
 def test_E13_without_data(folder, model):
-    loaded = NBVAE.load(folder)
+    loaded = type(model).load(folder)
     assert loaded.adata is None
     assert loaded.is_trained_
     assert_same(loaded.sample(T0, 20, seed=0), model.sample(T0, 20, seed=0))
@@ -528,6 +555,7 @@ def test_E13_without_data(folder, model):
             verb()
 
 
+@every_model
 def test_E13_files_hold_no_cells(model, tmp_path):
     for labels in (False, True):
         model.save(tmp_path / str(labels), donor_labels=labels)
@@ -536,8 +564,9 @@ def test_E13_files_hold_no_cells(model, tmp_path):
         assert (b"donor_1" in data.replace(b"coded_donor_1", b"")) == labels
 
 
+@every_model
 def test_E14_round_trip(folder, model):
-    loaded = NBVAE.load(folder, make_cells())
+    loaded = type(model).load(folder, make_cells())
     np.testing.assert_array_equal(latent_of(loaded), latent_of(model))
     for verb in (
         lambda m: m.sample(T0, 700, seed=0),
@@ -588,11 +617,12 @@ def test_E14_data_that_were_not_saved_with_it_are_not_read(folder, model, tmp_pa
     assert not list((tmp_path / "m").glob("*.h5ad"))
 
 
-def test_E14_untrained(adata, tmp_path):
-    NBVAE.setup_anndata(adata, **ROLES)
-    NBVAE(adata).save(tmp_path / "model")
+@parametrize("model_class", [NBVAE, *PATHS])
+def test_E14_untrained(adata, tmp_path, model_class):
+    model_class.setup_anndata(adata, **ROLES)
+    model_class(adata).save(tmp_path / "model")
     with refused(RuntimeError, "not trained"):
-        NBVAE.load(tmp_path / "model").sample(T0)
+        model_class.load(tmp_path / "model").sample(T0)
 
 
 if __name__ == "__main__":  # once for each new format, never for an old one

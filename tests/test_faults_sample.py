@@ -1,7 +1,7 @@
-"""The fault catalogue, rows C01 to C21 and D01 to D09: what verbs are asked, where results go.
+"""The fault catalogue, rows C01 to C22 and D01 to D09: what verbs are asked, where results go.
 
-A test per row, by its id. Not here: C22 (flows and diffusions) and what C12 and D07 say about
-``backed=``, which does not exist yet. Where a row was decided differently, its test says so.
+A test per row, by its id. Not here: what C12 and D07 say about ``backed=``, which does not exist
+yet. Where a row was decided differently, its test says so.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from anndata import AnnData
 from faults import (
     N_OBS,
     N_VARS,
+    PATHS,
     ROLES,
     TINY,
     VERBS,
     WRITING,
     assert_same,
+    every_model,
     fit,
     latent_of,
     make_cells,
@@ -57,8 +59,8 @@ def adata() -> AnnData:
 
 
 @pytest.fixture
-def model() -> NBVAE:
-    return trained_on_all_roles()
+def model(request: pytest.FixtureRequest) -> Any:
+    return trained_on_all_roles(getattr(request, "param", NBVAE))
 
 
 @pytest.fixture
@@ -80,6 +82,7 @@ both = parametrize("verb", ["sample", "predict"])
 # C. Sample and predict ---------------------------------------------------------------------
 
 
+@every_model
 @both
 def test_C01_unseen_label(model, verb):
     conditions = pd.DataFrame({"cell_type": ["type_1", "Type 1"], "dose": 1.0}, index=["p", "q"])
@@ -142,6 +145,7 @@ def test_C03_unknown_column_elsewhere(model, adata):
         model.counterfactual(adata, to={})
 
 
+@every_model
 @both
 @parametrize("form", [dict, lambda c: pd.DataFrame([c])], ids=["mapping", "table"])
 def test_C04_missing_condition(model, verb, form):
@@ -171,6 +175,7 @@ def test_C05_label_of_another_type(adata, verb, labels, asked):
         reading({"plate": asked})[verb](model)
 
 
+@every_model
 @parametrize("dose", [-1.0, 12.0, 150.0])
 def test_C06_outside_the_trained_range(model, dose):
     names = "'dose'", f"{dose}", "trained on 0 to 10"
@@ -196,6 +201,7 @@ def test_C07_extrapolation_refused_or_ignored(model, verb, dose):
         asked(on_extrapolation="rise")
 
 
+@every_model
 @both
 @parametrize(
     ("key", "value", "what"),
@@ -232,6 +238,7 @@ def test_C09_combination_never_seen(adata, verb):
         reading(asked)[verb](model, on_extrapolation="raise")
 
 
+@every_model
 @parametrize("conditions", [T0, None, pd.DataFrame(T0, index=["p"])], ids=["map", "none", "table"])
 def test_C10_no_cells(model, conditions):
     nothing = model.sample(conditions, 0, seed=0)
@@ -243,6 +250,7 @@ def test_C10_no_cells(model, conditions):
     assert set(nothing.layers) == set(some.layers)
 
 
+@every_model
 def test_C10_no_rows(model, adata):
     nothing = pd.DataFrame(T0, index=["p"]).iloc[:0]
     assert model.sample(nothing, 5).shape == (0, N_VARS)
@@ -255,6 +263,7 @@ def test_C10_no_rows(model, adata):
     assert model.counterfactual(empty, to={"cell_type": "type_0"}).shape == (0, N_VARS)
 
 
+@every_model
 @parametrize(
     ("n_obs", "error"),
     [(-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError), (None, TypeError)],
@@ -294,6 +303,7 @@ def test_C12_progress_bar(model, monkeypatch):
     assert [kwargs["total"] for kwargs in shown] == [3, 3]
 
 
+@every_model
 @parametrize("conditions", [T0, None], ids=["given", "drawn"])
 def test_C13_seed(model, conditions):
     with untouched():
@@ -304,6 +314,7 @@ def test_C13_seed(model, conditions):
     assert a.uns["exprgen"]["seed"] == 4
 
 
+@every_model
 def test_C13_seed_of_verbs(model, adata):
     for name in VERBS:
         a, b = (VERBS[name](model, make_cells()) for _ in range(2))
@@ -313,6 +324,7 @@ def test_C13_seed_of_verbs(model, adata):
         assert np.array_equal(*values) == same
 
 
+@every_model
 def test_C13_without_a_seed(model):
     with untouched():
         a, b = (model.sample(T0, 100) for _ in range(2))
@@ -324,6 +336,7 @@ def test_C13_without_a_seed(model):
             model.sample(T0, seed=seed)
 
 
+@every_model
 def test_C13_blocks(model):
     # The noise of a block of 512 cells does not depend on how many follow.
     short, long = (model.sample(T0, n, seed=0) for n in (512, 1300))
@@ -331,11 +344,12 @@ def test_C13_blocks(model):
     assert (long.X[:512] != long.X[512:1024]).nnz > 0
 
 
-def test_C14_untrained(adata):
-    NBVAE.setup_anndata(adata, **ROLES)
-    model = NBVAE(adata, **TINY)
+@parametrize("model_class", [NBVAE, *PATHS])
+def test_C14_untrained(adata, model_class):
+    model_class.setup_anndata(adata, **ROLES)
+    model = model_class(adata, **TINY)
     for verb in [*VERBS.values(), lambda model, _: model.sample(T0)]:
-        with refused(RuntimeError, "NBVAE", "not trained", "train()", of=adata):
+        with refused(RuntimeError, model_class.__name__, "not trained", "train()", of=adata):
             verb(model, adata)
 
 
@@ -371,6 +385,7 @@ def _array(values: Any) -> np.ndarray:
 COUNTING = [name for name in VERBS if name not in {"sample", "predict"}]
 
 
+@every_model
 @parametrize("name", [*COUNTING, "predict"])
 def test_C16_genes_missing(model, adata, name):
     few = adata[:, :5].copy()
@@ -503,6 +518,7 @@ def test_C19_unknown_gene(model, adata):
         model.predict(adata, genes="gene_1")
 
 
+@every_model
 @parametrize(
     ("n_samples", "error"),
     [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)],
@@ -519,6 +535,7 @@ def test_C20_number_of_draws(model, adata, n_samples, error):
             verb(adata, n_samples=n_samples)
 
 
+@every_model
 def test_C21_counts(model):
     drawn = model.sample(T0, 500, seed=0)
     for counts in (drawn.X, drawn.layers["counts"]):
@@ -545,9 +562,61 @@ def test_C21_zeros(plain):
     assert (np.abs(zeros - expected) < 4 * se).all()
 
 
+paths = parametrize("model", PATHS, indirect=True)
+
+
+@parametrize(
+    ("n_steps", "error"),
+    [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("5", TypeError)],
+)
+@both
+@paths
+def test_C22_number_of_steps(model, verb, n_steps, error):
+    with refused(error, "n_steps", repr(n_steps)):
+        reading(T0)[verb](model, n_steps=n_steps)
+    with refused(error, "n_steps", repr(n_steps)):
+        type(model)(make_set_up(type(model)), n_steps=n_steps)
+
+
+@parametrize(
+    ("solver", "where"),
+    [("heun", "in step 1 of 3"), ("ddpm", "in step 1 of 3"), ("ode", "in its first step")],
+)
+@paths
+def test_C22_a_solver_that_meets_nan(model, solver, where, monkeypatch):
+    bias = model.module.density.network.output.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
+    for verb in reading(T0).values():
+        with refused(RuntimeError, "solver", where, "guidance", "learning rate"):
+            verb(model, solver=solver, n_steps=3)
+
+
+@paths
+def test_C22_a_solver_that_meets_nan_later(model, monkeypatch):
+    network, calls = model.module.density.network, []
+    forward = type(network).forward
+
+    def spoilt(self, *args, **kwargs):
+        calls.append(None)
+        output = forward(self, *args, **kwargs)
+        return output / 0 if len(calls) == 3 else output
+
+    monkeypatch.setattr(type(network), "forward", spoilt)
+    # The third evaluation of Heun's method is the first of its second step.
+    with refused(RuntimeError, "in step 2 of 4"):
+        model.sample(T0, n_steps=4, seed=0)
+
+
+def make_set_up(model_class: Any) -> AnnData:
+    adata = make_cells()
+    model_class.setup_anndata(adata, **ROLES)
+    return adata
+
+
 # D. Where results go -----------------------------------------------------------------------
 
 
+@every_model
 def test_D01_own_slots_are_replaced(model, adata):
     model.predict(adata, n_samples=20, quantiles=(0.05, 0.5, 0.95), seed=0)
     model.denoise(adata, n_samples=2, seed=0)
@@ -629,6 +698,7 @@ def test_D02_one_marked_cell(plain, adata):
         assert cells.layers["exprgen_denoised"].sum(1).argmax() == place
 
 
+@every_model
 @parametrize("name", WRITING)
 def test_D03_view(model, adata, name):
     view = adata[10:50]
@@ -650,6 +720,7 @@ def test_D03_view_and_arrays_returned(model, adata):
             verb(adata, indices=[1, 2], key_added="k")
 
 
+@every_model
 @parametrize("name", WRITING)
 def test_D04_some_genes(model, adata, name):
     genes = ["gene_7", "gene_2", "gene_11"]
@@ -690,6 +761,7 @@ def written(model, adata) -> list[AnnData]:
     return [adata, changed, model.sample(T0, 5), model.predict(T0, n_samples=20)]
 
 
+@every_model
 @parametrize("form", ["h5ad", "zarr"])
 def test_D06_files(written, form, tmp_path):
     for i, adata in enumerate(written):
@@ -732,6 +804,7 @@ def test_D07_memory(name, n_obs, n_times, n_layers):
     assert n_layers * layer < peak < n_layers * layer + chunk
 
 
+@every_model
 def test_D08_bounds(model, adata):
     model.predict(adata, n_samples=500, quantiles=(0.05, 0.5, 0.95), seed=0)
     model.denoise(adata, n_samples=5, seed=0)
@@ -761,6 +834,7 @@ def test_D08_std_is_that_of_samples(plain):
         np.testing.assert_allclose(said, found, rtol=0.1, atol=0.1)
 
 
+@every_model
 @parametrize("name", WRITING)
 @parametrize("again", [False, True], ids=["first", "again"])
 def test_D09_failure_half_way(model, adata, name, again, monkeypatch):

@@ -1,7 +1,8 @@
 """The fault catalogue, rows A01 to A46: what ``setup_anndata`` takes, and what it leaves alone.
 
-A test per row, by its id. Not here are rows of other models: A14 and A15 (log-space models).
-Where a row was decided differently, its test says so.
+A test per row, by its id. Models of counts share one setup, and are tested with one of them. Not
+here are rows of other models: A14 and A15 (log-space models). Where a row was decided differently,
+its test says so.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from anndata.io import sparse_dataset
 from faults import (
     N_OBS,
     N_VARS,
+    PATHS,
     ROLES,
     TINY,
     VERBS,
@@ -236,10 +238,20 @@ def test_A12_one_fraction(adata):
     assert np.isfinite(model.log_likelihood(n_samples=2)).all()
 
 
+@parametrize("model_class", PATHS)
+def test_models_of_counts_share_one_setup(model_class):
+    for method in ("setup_anndata", "setup_mudata", "_register"):
+        assert getattr(model_class, method).__func__ is getattr(NBVAE, method).__func__
+    assert model_class.needs_counts == NBVAE.needs_counts
+
+
 def test_A13_logarithms(adata):
     adata.X = adata.X.log1p()
     adata.uns["log1p"] = {"base": None}
     setup_is_refused(adata, SetupError, "adata.X", "uns['log1p']", 'layer="counts"')
+    for model_class in PATHS:
+        with refused(SetupError, "adata.X", "uns['log1p']", 'layer="counts"', of=adata):
+            model_class.setup_anndata(adata)
     NBVAE.setup_anndata(adata, layer="counts")  # the advice works
 
 
@@ -646,15 +658,16 @@ def test_A43_verbs_add_only_what_was_asked_for(adata, model, verb, request):
     assert digest(model.adata) == own
 
 
-def test_A44_random_states_untouched(adata, tmp_path):
+@parametrize("model_class", [NBVAE, *PATHS])
+def test_A44_random_states_untouched(adata, tmp_path, model_class):
     with untouched():
-        model = fit(adata, **ROLES)
+        model = fit(adata, model_class=model_class, **ROLES)
         for verb in VERBS.values():
             verb(model, adata.copy())
         model.sample(n_obs=5)
         model.sample({"cell_type": "type_0"}, 5, marginalize=["dose"], seed=3)
         model.save(tmp_path / "model")
-        NBVAE.load(tmp_path / "model")
+        model_class.load(tmp_path / "model")
 
 
 def test_A45_setup_again_under_a_live_model(adata):

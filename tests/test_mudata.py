@@ -19,6 +19,7 @@ from anndata import AnnData
 from faults import (
     N_OBS,
     TINY,
+    TINY_PATH,
     VERBS,
     WRITING,
     assert_same,
@@ -32,7 +33,7 @@ from faults import (
 from mudata import MuData
 from scipy import sparse
 
-from exprgen import NBVAE
+from exprgen import NBVAE, ExprFlow
 from exprgen._errors import CovariateError, DataQualityWarning, GeneMismatchError, SetupError
 from exprgen.datasets import simulate_nb
 
@@ -206,6 +207,25 @@ def test_M05_the_method_for_the_other_object(mdata):
 
 
 # ---------------------------------------------------------------------- which column is meant
+
+
+def test_a_model_of_two_stages_is_that_of_its_twin(mdata):
+    """So is one whose first stage was taken over."""
+    twin, models = twin_of(mdata), []
+    for data, setup, said in ((mdata, "setup_mudata", SAID), (twin, "setup_anndata", TWIN)):
+        getattr(ExprFlow, setup)(data, **said)
+        models.append(ExprFlow(data, seed=0, **TINY_PATH))
+        models[-1].train(2, density_kwargs={"max_epochs": 2}, progress_bar=False)
+    asked = {"n_steps": 2, "solver": "euler", "guidance": {"prot": 2.0, "cell_type": 0}, "seed": 0}
+    ours, theirs = (m.sample(data, **asked) for m, data in zip(models, (mdata, twin), strict=True))
+    assert_same(ours.X, theirs.X)
+    assert_same(ours.obs, theirs.obs)
+    results = [m.predict(n_samples=10, **asked) for m in models]
+    assert_same(results[0]["rna"].layers["exprgen_mean"], results[1].layers["exprgen_mean"])
+    autoencoder = fit(mdata, **SAID)
+    taken = ExprFlow.from_autoencoder(autoencoder)
+    taken.train(density_kwargs={"max_epochs": 2}, progress_bar=False)
+    assert_same(latent_of(taken), latent_of(autoencoder))
 
 
 def test_names_of_conditions_leave_out_the_modelled_modality():
