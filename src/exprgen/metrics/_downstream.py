@@ -31,7 +31,8 @@ def train_on_synthetic_f1(
     labels_synthetic, labels_test
         What is to be predicted, cell types say; shapes ``(n_synthetic,)`` and ``(n_test,)``.
     seed
-        Of the classifier: logistic regression (L2, features standardised as in ``synthetic``).
+        Of the classifier: logistic regression (L2) on the features as they are. Standardised,
+        genes seen in a few cells would weigh as much as markers, and real cells teach it less.
 
     Returns
     -------
@@ -48,8 +49,6 @@ def train_on_synthetic_f1(
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     synthetic, test = points(synthetic=synthetic, test=test)
     labels_synthetic, labels_test = group_labels(
@@ -61,9 +60,7 @@ def train_on_synthetic_f1(
     if len(known) == 1:
         predicted = np.full(len(test), known[0])
     else:
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, random_state=seed)
-        )
+        model = LogisticRegression(max_iter=1000, random_state=seed)
         predicted = known[model.fit(synthetic, fit_to).predict(test)]
     truth = labels_test.astype(str)
     return float(
