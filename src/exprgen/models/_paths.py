@@ -136,9 +136,11 @@ class PathModel(GenerativeModel):
             See :meth:`NBVAE.sample`.
         guidance
             Weight of all conditions, or of each by name: 1 as trained, 0 as if it were not known,
-            above 1 sharper, and with less variance than cells have :cite:p:`ho2022`. It acts on
-            the latent state; the decoder reads conditions as they are. Every condition with
-            another weight than 0 and 1 doubles the time.
+            above 1 further apart than cells are, and with another variance than they have: mostly
+            less where the condition's law is narrower than that of all cells, more where it is
+            wider :cite:p:`ho2022`. It acts on the latent state; the decoder reads conditions as
+            they are. Every condition with another weight than 0 and 1 doubles the evaluations of
+            the network.
         n_steps, solver
             Of :mod:`exprgen.solvers`, in place of the model's own.
 
