@@ -409,7 +409,10 @@ def test_an_autoencoder_is_taken_over_and_only_the_density_trained(autoencoder, 
         def on_train_start(self, trainer, plan):
             stages.append(type(plan))
 
-    model.train(2, **SHORT, trainer_kwargs={"callbacks": [Stage()]})
+    for word, value in (("max_epochs", 2), ("batch_size", 8), ("plan_kwargs", {"lr": 0.1})):
+        with refused(ValueError, word, "taken over trained", "density_kwargs"):
+            model.train(**{word: value}, **SHORT)
+    model.train(**SHORT, trainer_kwargs={"callbacks": [Stage()]})
     assert stages == [DensityTrainingPlan]
     assert set(model.history) == {"density_loss_train", "density_loss_validation"}
     module = model.module
@@ -437,7 +440,7 @@ def test_an_autoencoder_that_was_saved_will_do(autoencoder, tmp_path):
         ExprFlow.from_autoencoder(model, density_hidden=8) for model in (loaded, autoencoder)
     )
     for model in (ours, theirs):
-        model.train(1, **SHORT)
+        model.train(**SHORT)
     assert _same_cells(ours.sample(n_obs=20, seed=0), theirs.sample(n_obs=20, seed=0))
     # Rows of other data are not the cells of the split.
     for cells in (make_cells(60), make_cells()[::-1].copy()):

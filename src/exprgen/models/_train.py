@@ -146,6 +146,21 @@ class TrainMixin(ModelCore):
         _arguments.check_bool(early_stopping, "early_stopping")
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
+        if self._autoencoder_split is not None:
+            given = {
+                "max_epochs": max_epochs is not None,
+                "batch_size": batch_size is not None,
+                "train_size": train_size != 0.9,
+                "validation_size": validation_size is not None,
+                "split_key": split_key is not None,
+                "early_stopping_patience": early_stopping_patience is not None,
+                "plan_kwargs": bool(plan_kwargs),
+            }
+            if useless := [name for name, is_given in given.items() if is_given]:
+                raise ValueError(
+                    f"{', '.join(useless)}: the autoencoder of this model was taken over trained, "
+                    "with its split. What is left to train takes density_kwargs."
+                )
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = _checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
