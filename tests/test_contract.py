@@ -41,6 +41,7 @@ ROLES = {
 }
 MODELS = {"NBVAE": (NBVAE, {}), "CondVAE": (CondVAE, {})}
 EVERYTHING, DONOR, SIZE = list(ROLES)[2:]
+SMALL = {"density_hidden": 48, "density_layers": 1}
 VARIANTS = {
     "ZINBVAE": (ZINBVAE, {}, [DONOR]),
     "ZINBVAE per cell, Gaussian": (
@@ -55,8 +56,8 @@ VARIANTS = {
         {"likelihood": "gaussian", "dispersion": "gene-cell", "density": "flow"},
         [DONOR],
     ),
-    "ExprFlow": (ExprFlow, {"density_hidden": 64}, [EVERYTHING, DONOR]),
-    "ExprDiffusion": (ExprDiffusion, {"density_hidden": 64}, ["no condition", SIZE]),
+    "ExprFlow": (ExprFlow, SMALL, [EVERYTHING, DONOR]),
+    "ExprDiffusion": (ExprDiffusion, SMALL, ["no condition", SIZE]),
 }
 CASES = [
     pytest.param((model, options, role), id=f"{name}, {role}")
