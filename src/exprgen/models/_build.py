@@ -109,4 +109,7 @@ def build_module(
         flow = Path(*sizes, blocks=space.features.blocks, depth_first=True, **path)
         return ExpressionModule(space, flow, prior=density)
 
-    model._set_module(build, {**asdict(architecture), **(path or {}), **said})
+    if path is not None:
+        names = {"n_hidden": "density_hidden", "n_layers": "density_layers"}
+        said = {"density": "path", **said, **{names.get(k, k): v for k, v in path.items()}}
+    model._set_module(build, {**asdict(architecture), **said})

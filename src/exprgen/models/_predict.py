@@ -155,6 +155,7 @@ class PredictMixin(ModelCore):
             "n_samples": n_samples,
             "quantiles": list(quantiles),
             "seed": seed,
+            **self._density_options,
         }
         return self._write(
             target if given else self._new_adata(query),

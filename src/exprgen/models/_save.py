@@ -358,8 +358,9 @@ def _check_registry(registry: Mapping[str, Any]) -> None:
 
 def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     """Refuse networks that the weights cannot fill, before memory is asked for them."""
-    sizes = ["n_latent", "n_hidden", "n_layers"]
-    sizes += ["n_components"] * (arguments.get("density") == "mixture")
+    sizes = ["n_latent", "n_hidden", "n_layers", "density_hidden", "density_layers"]
+    # Paths have a mixture as prior, and no choice.
+    sizes += ["n_components"] * (arguments.get("density", "mixture") == "mixture")
     shapes = [tuple(value.shape) for value in weights.values() if torch.is_tensor(value)]
     largest = max(len(shapes), *(n for shape in shapes for n in shape), 0)
     for name in sizes:
