@@ -176,6 +176,7 @@ class TrainMixin(ModelCore):
         elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
+        data = CellDataModule(dataset, train_idx, val_idx, batch_size)
         module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
         runner_kwargs = {
             "accelerator": accelerator,
@@ -186,7 +187,7 @@ class TrainMixin(ModelCore):
             "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", 10.0),
             **trainer_kwargs,
         }
-        finish = partial(self._finish, dataset, train_idx, val_idx, keys)
+        finish = partial(self._finish, data, keys)
         with isolated(self.seed_), _quiet_lightning():
             if not module.initialized:
                 module.space.initialize(_moments(dataset, train_idx, module.space))
@@ -196,7 +197,7 @@ class TrainMixin(ModelCore):
                     GenerativeTrainingPlan(
                         module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
                     ),
-                    CellDataModule(dataset, train_idx, val_idx, batch_size),
+                    data,
                     max_epochs,
                     patience=early_stopping_patience or math.ceil(max_epochs / 2),
                     callbacks=callbacks,
@@ -212,9 +213,9 @@ class TrainMixin(ModelCore):
                     EncodedDataset(dataset, module.space, self._device),
                     train_idx,
                     val_idx,
+                    density_kwargs,
                     callbacks=callbacks,
                     finish=finish,
-                    **density_kwargs,
                     **runner_kwargs,
                 )
                 self.history_ = {**first, **(self.history_ or {})}
@@ -273,18 +274,16 @@ class TrainMixin(ModelCore):
         encoded: EncodedDataset,
         train_idx: np.ndarray,
         val_idx: np.ndarray,
-        *,
-        max_epochs: int | None = None,
-        batch_size: int = 256,
-        **kwargs: Any,
+        density_kwargs: dict[str, Any],
+        **stage_kwargs: Any,
     ) -> None:
         """The second stage: the density, on what the encoder made of the cells."""
-        words = inspect.signature(DensityTrainingPlan).parameters
-        numbers = {word: kwargs.pop(word) for word in list(kwargs) if word in words}
+        batch_size = density_kwargs.pop("batch_size", 256)
+        default = default_density_epochs(len(train_idx), batch_size)
+        max_epochs = density_kwargs.pop("max_epochs", default)
         mean, sd = encoded.mean[train_idx], encoded.sd[train_idx]
-        plan = DensityTrainingPlan(self.module, seed=self.seed_, **numbers)
+        plan = DensityTrainingPlan(self.module, seed=self.seed_, **density_kwargs)
         plan.density.standardise((mean + sd * torch.randn_like(sd)).to(self._device))
-        max_epochs = max_epochs or default_density_epochs(len(train_idx), batch_size)
         validate_every = math.ceil(max_epochs / _N_VALIDATIONS)
         self._run_stage(
             plan,
@@ -292,7 +291,7 @@ class TrainMixin(ModelCore):
             max_epochs,
             patience=math.ceil(_N_VALIDATIONS / 2),
             validate_every=validate_every,
-            **kwargs,
+            **stage_kwargs,
         )
 
     def _checked_density(self, kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -312,14 +311,12 @@ class TrainMixin(ModelCore):
         check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
         return {name: value for name, value in kwargs.items() if value is not None}
 
-    def _finish(
-        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray, keys: np.ndarray
-    ) -> None:
+    def _finish(self, data: CellDataModule, keys: np.ndarray) -> None:
         """Record which cells were used, and what they were."""
-        self.train_indices_, self.validation_indices_ = train_idx, val_idx
-        self.test_indices_ = np.setdiff1d(np.arange(len(dataset)), np.r_[train_idx, val_idx])
-        self.cell_keys_ = {"train": keys[train_idx], "validation": keys[val_idx]}
-        self._observe(train_idx)
+        self.train_indices_, self.validation_indices_ = data.train_idx, data.val_idx
+        self.test_indices_ = data.test_idx
+        self.cell_keys_ = {"train": keys[data.train_idx], "validation": keys[data.val_idx]}
+        self._observe(data.train_idx)
 
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""

@@ -23,7 +23,7 @@ from exprgen._errors import TrainingDivergedError
 from exprgen._random import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from exprgen.densities import Path
     from exprgen.module import ExpressionModule
@@ -379,17 +379,17 @@ class DensityTrainingPlan(StagePlan):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The density's network, with decay of its matrices."""
-        return _networks(list(self.module.density.named_parameters()))
+        return _networks(self.module.density.named_parameters())
 
 
-def _networks(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+def _networks(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
     """Decay shrinks weight matrices; biases and norms have their own scale."""
-    trained = [(name, p) for name, p in named if p.requires_grad]
-    matrices = [name.endswith(".weight") and p.dim() > 1 for name, p in trained]
-    decayed, others = (
-        [p for (_, p), is_matrix in zip(trained, matrices, strict=True) if is_matrix == wanted]
-        for wanted in (True, False)
-    )
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            is_matrix = name.endswith(".weight") and parameter.dim() > 1
+            (decayed if is_matrix else others).append(parameter)
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
