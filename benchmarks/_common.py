@@ -30,6 +30,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 
+import exprgen
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -46,6 +48,7 @@ __all__ = [
     "prepare",
     "say",
     "train_test",
+    "trained_paths",
     "variable_genes",
     "write",
 ]
@@ -112,6 +115,19 @@ def train_test(
         np.arange(adata.n_obs), test_size=test_size, stratify=adata.obs[key], random_state=seed
     )
     return adata[np.sort(rows[0])].copy(), adata[np.sort(rows[1])].copy()
+
+
+def trained_paths(
+    adata: ad.AnnData, args: argparse.Namespace
+) -> Iterator[tuple[str, exprgen.ExprFlow | exprgen.ExprDiffusion]]:
+    """Names and models of a flow and a diffusion at their defaults, given the cell type."""
+    for model_class in (exprgen.ExprFlow, exprgen.ExprDiffusion):
+        say(f"{model_class.__name__}: training")
+        model_class.setup_anndata(adata, layer="counts", categorical_condition_keys=[TYPE])
+        model = model_class(adata, seed=args.seed)
+        short = {"max_epochs": 2, "density_kwargs": {"max_epochs": 2}} if args.quick else {}
+        model.train(accelerator="cpu", progress_bar=False, **short)
+        yield model_class.__name__, model
 
 
 def variable_genes(train: ad.AnnData, n_genes: int) -> pd.Index:

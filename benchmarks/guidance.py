@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from _common import arguments, format_table, prepare, say, write
+from _common import TYPE, arguments, format_table, prepare, say, trained_paths, write
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 
@@ -34,8 +34,6 @@ import exprgen
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-TYPE = "cell_type"
-MODELS = (exprgen.ExprFlow, exprgen.ExprDiffusion)
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 N_PROGRAMS = 10
 N_LATENT = 1000
@@ -50,13 +48,7 @@ def main() -> None:
     adata = exprgen.datasets.pbmc68k_reduced()
     real = Views(adata.layers["counts"], adata.obs[TYPE], args.min_cells)
     rows = []
-    for model_class in MODELS:
-        name = model_class.__name__
-        say(f"{name}: training")
-        model_class.setup_anndata(adata, layer="counts", categorical_condition_keys=[TYPE])
-        model = model_class(adata, seed=args.seed)
-        short = {"max_epochs": 2, "density_kwargs": {"max_epochs": 2}} if args.quick else {}
-        model.train(accelerator="cpu", progress_bar=False, **short)
+    for name, model in trained_paths(adata, args):
         asked = {TYPE: np.repeat(adata.obs[TYPE].astype(str).to_numpy(), args.n_obs)}
         as_trained = latent(model, real.types, 1.0, args.seed)
         for weight in WEIGHTS:

@@ -16,13 +16,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
-from _common import arguments, format_table, measured, prepare, say, write
+from _common import arguments, format_table, measured, prepare, say, trained_paths, write
 
 import exprgen
 from exprgen.solvers import n_evaluations
 
-TYPE = "cell_type"
-MODELS = (exprgen.ExprFlow, exprgen.ExprDiffusion)
 N_STEPS = (1, 2, 3, 5, 10, 20)
 N_CELLS = 10_000
 
@@ -32,13 +30,7 @@ def main() -> None:
     prepare(args)
     adata = exprgen.datasets.pbmc68k_reduced()
     rows = []
-    for model_class in MODELS:
-        name = model_class.__name__
-        say(f"{name}: training")
-        model_class.setup_anndata(adata, layer="counts", categorical_condition_keys=[TYPE])
-        model = model_class(adata, seed=args.seed)
-        short = {"max_epochs": 2, "density_kwargs": {"max_epochs": 2}} if args.quick else {}
-        model.train(accelerator="cpu", progress_bar=False, **short)
+    for name, model in trained_paths(adata, args):
         exact = states(model, args.seed, solver="ode")
         for n_steps in N_STEPS:
             with measured() as cost:
