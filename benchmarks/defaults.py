@@ -59,14 +59,14 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "5 components": ({"n_components": 5}, {}),
     "dispersion by gene": ({"dispersion": "gene"}, {}),
     "no outliers": ({"likelihood": "nb"}, {}),
-    "20 epochs": ({}, {"max_epochs": 20}),
-    "60 epochs": ({}, {"max_epochs": 60}),
+    "30 epochs": ({}, {"max_epochs": 30}),
+    "100 epochs": ({}, {"max_epochs": 100}),
     "density's rate × 1": ({}, {"plan_kwargs": {"density_lr_factor": 1.0}}),
     "density's rate × 10": ({}, {"plan_kwargs": {"density_lr_factor": 10.0}}),
     "dispersion's rate × 1": ({}, {"plan_kwargs": {"dispersion_lr_factor": 1.0}}),
     "half the rate": ({}, {"plan_kwargs": {"lr": 1e-3}}),
     "KL warm-up over a fifth": ({}, {"plan_kwargs": {"kl_warmup": 0.2}}),
-    "KL warm-up over half": ({}, {"plan_kwargs": {"kl_warmup": 0.5}}),
+    "KL warm-up over four fifths": ({}, {"plan_kwargs": {"kl_warmup": 0.8}}),
     "effects' rate × 1": ({}, {"plan_kwargs": {"offset_lr_factor": 1.0}}),
 }
 

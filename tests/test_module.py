@@ -342,7 +342,7 @@ def test_effects_are_paid_for_once_per_training_set():
         )
         return float(output.loss)
 
-    kl, prior = float(module.space.donors.kl()), float(module.space.decoder.offset.cost())
+    kl, prior = float(module.space.donors.kl()), float(module.space.prior_cost(0.0))
     assert kl > 1
     assert prior > 1
     for weight in (1.0, 0.5):

@@ -128,6 +128,7 @@ def test_the_best_validated_weights_are_kept_where_some_epochs_are_validated(mon
 def test_an_epoch_without_validation_is_never_the_best():
     class Plan:
         module = torch.nn.Linear(1, 1)
+        warms_up = False
 
         @staticmethod
         def averaged():
@@ -607,7 +608,7 @@ def test_weights_above_one_drive_conditions_apart_and_narrow_the_narrow_one(fami
     narrow = int(within[2].argmin())
     assert within[2, narrow] < 0.95 * within[0, narrow]
     assert (within[:, narrow].diff() < 0).all()
-    assert within[3, narrow] < 0.95 * within[2, narrow]
+    assert within[3, narrow] < 0.97 * within[2, narrow]
 
 
 def test_conditions_are_weighed_by_name_in_whole_samples(family):

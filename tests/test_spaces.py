@@ -414,9 +414,18 @@ def test_label_effects_are_none_where_there_is_only_noise():
     assert not label_effects(moments, rho, []).any()
 
 
-def test_effects_pay_a_cauchy_prior_once():
+def test_effects_and_wide_matrices_pay_their_priors_once():
     space = _space(ConditionLayout(n_categories=(3,)))
-    weight = space.decoder.offset.weight
-    law = stats.cauchy(scale=0.25)
-    expected = (law.logpdf(0) - law.logpdf(weight.detach().numpy())).sum()
+    decoder, encoder = space.decoder, space.encoder
+    torch.nn.init.normal_(decoder.offset.weight)
+    first, last = encoder.hidden[0], decoder.output
+    laws = {
+        decoder.offset: stats.cauchy(scale=0.25),
+        first: stats.norm(scale=first.in_features**-0.5),
+        last: stats.norm(scale=last.in_features**-0.5),
+    }
+    expected = sum(
+        (law.logpdf(0) - law.logpdf(layer.weight.detach().numpy())).sum()
+        for layer, law in laws.items()
+    )
     assert space.prior_cost(1.0).item() == pytest.approx(expected, rel=1e-5)

@@ -361,14 +361,16 @@ def test_an_epoch_shows_every_training_cell_once():
 def test_the_best_weights_are_copies():
     layer, callback = nn.Linear(1, 1), KeepBestWeights("elbo_validation")
     assert not callback.restore(layer)
-    plan = SimpleNamespace(module=layer, averaged=nullcontext)
-    for epoch, value in enumerate([3.0, 1.0, 2.0]):
+    plan = SimpleNamespace(module=layer, averaged=nullcontext, warms_up=True)
+    for epoch, value in enumerate([3.0, 0.5, 2.0, 1.0, 1.5]):
+        # The least of all is of the warm-up.
+        plan.warms_up = epoch < 2
         metrics = {"elbo_validation": torch.tensor(value)}
         trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch)
         layer.weight.data.fill_(value)
         callback.on_train_epoch_end(trainer, plan)
     callback.on_train_end(trainer, plan)
-    assert (callback.best, callback.best_epoch, layer.weight.item()) == (1.0, 1, 1.0)
+    assert (callback.best, callback.best_epoch, layer.weight.item()) == ((False, 1.0), 3, 1.0)
 
 
 # Arguments -------------------------------------------------------------------------------

@@ -88,8 +88,9 @@ class TrainMixin(ModelCore):
     ) -> None:
         """Train on the registered cells.
 
-        The weights of the epoch with the best validation ELBO are kept. The caller's random
-        streams are not touched; the same seed on the same machine gives the same weights.
+        The weights of the epoch with the best validation ELBO after the warm-up are kept. The
+        caller's random streams are not touched; the same seed on the same machine gives the same
+        weights.
 
         Flow and diffusion models are trained in two stages, on one split: an autoencoder, with a
         mixture as its prior, and then the density, on what the encoder made of the cells. The
@@ -98,8 +99,8 @@ class TrainMixin(ModelCore):
         Parameters
         ----------
         max_epochs
-            Length of the run, over which the learning rate rises and falls; ``None`` is 25 to
-            1,000 cells, 40 at 10,000 and fewer beyond.
+            Length of the run, over which the learning rate rises and falls; ``None`` is what 750
+            steps take, 40 at 10,000 cells and fewer beyond.
         batch_size
             Cells per step; ``None`` is 128, or less where an epoch would have under eight steps.
         train_size, validation_size
@@ -111,8 +112,8 @@ class TrainMixin(ModelCore):
         early_stopping
             Whether to stop when the validation ELBO has not improved for a while.
         early_stopping_patience
-            Epochs to wait for an improvement; ``None`` is half the run, for what the fall of the
-            learning rate gains comes late.
+            Epochs to wait for an improvement; ``None`` is the whole run, for what the fall of the
+            learning rate gains comes last, and the best weights are kept however long it is.
         accelerator, devices
             As Lightning takes them.
         progress_bar
@@ -199,7 +200,7 @@ class TrainMixin(ModelCore):
                     ),
                     data,
                     max_epochs,
-                    patience=early_stopping_patience or math.ceil(max_epochs / 2),
+                    patience=early_stopping_patience or max_epochs,
                     callbacks=callbacks,
                     finish=finish,
                     **runner_kwargs,

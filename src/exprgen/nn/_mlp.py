@@ -1,6 +1,9 @@
 """The encoder and decoder networks: layers of linear, LayerNorm, SiLU, dropout.
 
-LayerNorm, because a batch of one cell must train and processes must agree on every buffer.
+LayerNorm, because a batch of one cell must train and processes must agree on every buffer. The
+two matrices that grow with the number of genes, first of the encoder and last of the decoder, have
+most of the weights: a normal prior, which the training set pays once, keeps a few hundred cells
+from teaching them noise, and gives way as cells grow in number.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ def hidden_stack(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.
         layers += [nn.Linear(width, n_hidden), nn.LayerNorm(n_hidden), nn.SiLU()]
         layers += [nn.Dropout(dropout)]
     return nn.Sequential(*layers)
+
+
+def _normal_cost(layer: nn.Linear) -> Tensor:
+    """Negative log-prior of weights with variance 1 / n_in, up to a constant, nats."""
+    return 0.5 * layer.in_features * layer.weight.square().sum()
 
 
 class Encoder(nn.Module):
@@ -68,6 +76,10 @@ class Encoder(nn.Module):
         correction = self.depth(h) if self.n_corrections else h[:, :0]
         return mean, log_sd.clamp(-8, 4).exp(), correction
 
+    def cost(self) -> Tensor:
+        """Negative log-prior of the weights that read the genes, nats; paid once."""
+        return _normal_cost(self.hidden[0])
+
 
 class Offset(nn.Linear):
     """Effects of conditions and batch on each gene, ``(n_vars, n_inputs)``; they start at 0.
@@ -81,7 +93,7 @@ class Offset(nn.Linear):
         nn.init.zeros_(self.weight)
 
     def cost(self) -> Tensor:
-        """Negative log-prior of all effects up to a constant, nats; the training set pays once."""
+        """Negative log-prior of all effects up to a constant, nats; paid once."""
         return (self.weight / _TYPICAL_EFFECT).square().log1p().sum()
 
 
@@ -131,3 +143,7 @@ class Decoder(nn.Module):
         state = torch.cat([z, inputs], dim=1)
         first = self.output(self.hidden(state)) + self.offset(inputs)
         return first, None if self.extra is None else self.extra(state)
+
+    def cost(self) -> Tensor:
+        """Negative log-prior of effects and of the weights that write the genes; paid once."""
+        return self.offset.cost() + _normal_cost(self.output)

@@ -162,8 +162,8 @@ class Space(nn.Module, ABC):
         return None if self.donors is None else self.donors.known(self.features.donor(c))
 
     def prior_cost(self, kl_weight: float) -> Tensor:
-        """What the training set pays once for effects of conditions, batch and donors, nats."""
-        cost = self.decoder.offset.cost()
+        """What the training set pays once, nats: for weights, and effects that have a prior."""
+        cost = self.encoder.cost() + self.decoder.cost()
         return cost if self.donors is None else cost + kl_weight * self.donors.kl()
 
     def inputs(self, c: Tensor) -> Tensor:

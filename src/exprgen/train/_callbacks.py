@@ -20,6 +20,9 @@ __all__ = ["KeepBestWeights"]
 class KeepBestWeights(Callback):
     """Remember the weights of the best validation epoch and put them back at the end.
 
+    An epoch after the plan's warm-up is better than any before: until then training minimises
+    something else than what is validated.
+
     Parameters
     ----------
     monitor
@@ -29,7 +32,8 @@ class KeepBestWeights(Callback):
 
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
-        self.best = math.inf
+        # Whether the plan was still warming up, and the value.
+        self.best = (True, math.inf)
         self.best_epoch: int | None = None
         self._weights: dict[str, Tensor] | None = None
 
@@ -58,8 +62,9 @@ class KeepBestWeights(Callback):
             value = -float(trainer.current_epoch)
         else:
             value = float(trainer.callback_metrics.get(self.monitor, math.inf))
-        if value < self.best:
-            self.best, self.best_epoch = value, trainer.current_epoch
+        rank = pl_module.warms_up, value
+        if value < math.inf and rank < self.best:
+            self.best, self.best_epoch = rank, trainer.current_epoch
             self._keep(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: StagePlan) -> None:

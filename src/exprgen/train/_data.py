@@ -25,6 +25,8 @@ __all__ = [
     "default_max_epochs",
 ]
 
+# Fewer teach the mean of every label, but not how genes vary together within it.
+_N_STEPS = 750
 _N_DENSITY_STEPS = 1000
 
 
@@ -34,14 +36,15 @@ def default_batch_size(n_train: int) -> int:
 
 
 def default_max_epochs(n_train: int) -> int:
-    """25 epochs to 1,000 cells, growing with their logarithm to 40 at 10,000, then falling.
+    """What 750 steps take, and at 10,000 cells 40 epochs; fewer beyond.
 
-    More would overfit the smaller sets, and stopping them early takes weights from before the
-    learning rate has come down. From 10,000 cells on epochs fall with the root of their number.
+    In between epochs grow with the logarithm of the number of cells, from 10,000 on they fall with
+    its root.
     """
-    if n_train <= 10_000:
-        return 25 + round(15 * max(0.0, math.log10(n_train / 1_000)))
-    return max(4, math.ceil(40 * math.sqrt(10_000 / n_train)))
+    if n_train > 10_000:
+        return max(4, math.ceil(40 * math.sqrt(10_000 / n_train)))
+    n_batches = math.ceil(n_train / default_batch_size(n_train))
+    return max(math.ceil(_N_STEPS / n_batches), 40 + round(15 * math.log10(n_train / 10_000)))
 
 
 def default_density_epochs(n_train: int, batch_size: int) -> int:

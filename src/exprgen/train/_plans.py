@@ -104,6 +104,11 @@ class StagePlan(TrainingPlan):
         ``noise`` is given in validation, where nothing is to warm up.
         """
 
+    @property
+    def warms_up(self) -> bool:
+        """Whether training does not yet minimise what is validated."""
+        return False
+
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained at which rate, as optimizers take it."""
@@ -226,7 +231,7 @@ class GenerativeTrainingPlan(StagePlan):
         donor_lr_factor: float = 10.0,
         offset_lr_factor: float = 5.0,
         weight_decay: float = 1e-4,
-        kl_warmup: float = 0.8,
+        kl_warmup: float = 0.5,
         beta: float = 1.0,
         lr_warmup: float = 0.2,
         seed: int = 0,
@@ -257,6 +262,11 @@ class GenerativeTrainingPlan(StagePlan):
             return 1.0
         n_steps = self.kl_warmup * self.trainer.estimated_stepping_batches
         return min(1.0, (self.trainer.global_step + 1) / n_steps)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the weight of the KL term still grows."""
+        return self.kl_weight < 1
 
     def step(
         self, batch: dict[str, Tensor], noise: torch.Generator | None
