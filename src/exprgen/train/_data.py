@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 _N_DENSITY_STEPS = 1000
+# Effects on single genes overfit sooner.
+_N_GENE_STEPS = 400
 
 
 def default_batch_size(n_train: int) -> int:
@@ -44,9 +46,10 @@ def default_max_epochs(n_train: int) -> int:
     return max(4, math.ceil(40 * math.sqrt(10_000 / n_train)))
 
 
-def default_density_epochs(n_train: int, batch_size: int) -> int:
-    """As many as 1,000 steps take, or two where that is less."""
-    return max(2, math.ceil(_N_DENSITY_STEPS / math.ceil(n_train / batch_size)))
+def default_density_epochs(n_train: int, batch_size: int, *, in_genes: bool = False) -> int:
+    """As many as 1,000 steps take, in gene space 400, or two where that is less."""
+    n_steps = _N_GENE_STEPS if in_genes else _N_DENSITY_STEPS
+    return max(2, math.ceil(n_steps / math.ceil(n_train / batch_size)))
 
 
 class CellDataset(Dataset):
