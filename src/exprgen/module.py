@@ -11,7 +11,7 @@ tightens as K grows :cite:p:`burda2016`. The module knows tensors only.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
@@ -19,7 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from exprgen.densities import ConditionalDensity
-    from exprgen.spaces import Decoded, Space
+    from exprgen.spaces import Autoencoder, Decoded, Space
 
 __all__ = ["ExpressionModule"]
 
@@ -109,7 +109,7 @@ class ExpressionModule(BaseModuleClass):
             x = torch.maximum(x, torch.as_tensor(likelihood.lower).to(x))
         reconstruction = -likelihood.log_prob(x, *generative_outputs["decoded"])
         kl = self.autoencoder_prior.kl(**inference_outputs, features=features)
-        once = self.space.prior_cost(kl_weight) / n_obs_training
+        once = cast("Autoencoder", self.space).prior_cost(kl_weight) / n_obs_training
         loss = (reconstruction + kl_weight * beta * kl).mean() + once
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 

@@ -156,9 +156,9 @@ class GenerateMixin(ModelCore):
         decoded under the new ones. What is held: the cell's place relative to its condition's
         mean, its depth, its batch and its donor's effect.
 
-        In gene space the path is followed instead, back to noise under the cell's own conditions and
-        forth under the others: what is held is the cell's place in the whole law of its condition.
-        That takes some twenty evaluations of the network for every draw.
+        In gene space the path is followed instead, back to noise under the cell's own conditions
+        and forth under the others: what is held is the cell's place in the whole law of its
+        condition. That takes some twenty evaluations of the network for every draw.
 
         Parameters
         ----------

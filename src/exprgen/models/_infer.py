@@ -119,8 +119,8 @@ class InferMixin(ModelCore):
         """Posterior mean of the latent state z of each cell.
 
         The encoder does not see the batch: cells of a new batch are mapped with
-        ``unseen="null"``. In gene space it is the principal components of the cell's normal scores,
-        see :class:`~exprgen.spaces.GeneSpace`, which know nothing of conditions.
+        ``unseen="null"``. In gene space it is the principal components of the cell's normal
+        scores, see :class:`~exprgen.spaces.GeneSpace`, which know nothing of conditions.
 
         Parameters
         ----------

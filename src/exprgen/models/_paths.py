@@ -230,10 +230,11 @@ class ExprFlow(PathModel):
     exact up to the solver's error, so that :meth:`log_likelihood` is a bound of the same kind as
     every other model's.
 
-    Continuous values are modelled as they are, in gene space: every gene by its normal score, with a
-    peak at its least value, and all genes by one path, without an autoencoder. Its log-density is an
-    *estimate* then, by the trace of a random projection, and :meth:`log_likelihood` the *bound* that
-    the scores of what was not detected leave. Where counts are at hand prefer these.
+    Continuous values are modelled as they are, in gene space: every gene by its normal score,
+    with a peak at its least value, and all genes by one path, without an autoencoder. Its
+    log-density is an *estimate* then, with random signs for the trace, and :meth:`log_likelihood`
+    an *estimate* of the *bound* that the scores of what was not detected leave. Where counts are
+    at hand prefer these.
 
     Parameters
     ----------
@@ -334,8 +335,8 @@ class ExprDiffusion(PathModel):
         :mod:`exprgen.schedules`.
     target
         What the network predicts: ``"v"`` :cite:p:`salimans2022`, ``"noise"``, ``"data"``,
-        ``"score"``, ``"velocity"`` or ``"edm"``, the preconditioned one :cite:p:`karras2022`, which
-        it always is in gene space.
+        ``"score"``, ``"velocity"`` or ``"edm"``, the preconditioned one :cite:p:`karras2022`; in
+        gene space it is always that.
     weighting
         Of errors by time: ``"uniform"``, ``"min_snr"``, ``"likelihood"`` or ``"edm"``.
     times

@@ -65,8 +65,8 @@ class SetupMixin(ModelCore):
         adata
             Cells × genes; not a view.
         layer
-            Layer to model; ``None`` is ``adata.X``. Flow and diffusion models take continuous values
-            as well as counts: where most values that are not 0 have fractions, in gene space.
+            Layer to model; ``None`` is ``adata.X``. Flow and diffusion models take continuous
+            values as well as counts: where most values that are not 0 have fractions.
         batch_key
             Column of obs that is *nuisance*: it reaches the decoder and the depth, never the
             latent representation.

@@ -95,9 +95,9 @@ class TrainMixin(ModelCore):
 
         Flow and diffusion models are trained in two stages, on one split: an autoencoder, with a
         mixture as its prior, and then the density, on what the encoder made of the cells. The
-        first six arguments that follow are about the autoencoder and the split. In gene space there
-        is no autoencoder: of these six, what is about the split is taken, all else refused, and the
-        one stage that is left takes ``density_kwargs``.
+        first six arguments that follow are about the autoencoder and the split. In gene space,
+        where flow and diffusion models have continuous values, there is no autoencoder: its
+        arguments are refused, and the one stage that is left takes ``density_kwargs``.
 
         Parameters
         ----------

@@ -1,19 +1,19 @@
 r"""The network of a path whose data are normal scores of genes (:mod:`exprgen.nn`).
 
-No network of a few hundred units passes on the noise of a thousand genes. Hence it says only what
-the *state* of the cell changes in each gene, and the rest is in closed form. Were genes independent
-given the state, and the law of a gene
+No network of a few hundred units passes on the noise of a thousand genes. Hence it says only
+what the *state* of the cell changes in each gene, and the rest is in closed form. Were genes
+independent given the state, and the law of a gene
 
 .. math::
     p(u) \propto \varphi(u) \begin{cases} 1 & u < t \\
     e^{a + b (u - m) - \frac12 (e^s - 1)(u - m)^2} & u > t, \end{cases}
 
-a tilt of the standard normal law above its threshold t, where m is the mean (at a = b = s = 0 it is
-the law over all cells), then what is expected of u given the point :math:`u_t = \alpha u + \sigma
-\varepsilon` is a ratio of normal integrals. With :math:`n^2 = \alpha^2 + \sigma^2`, the posterior
-of a standard normal u is :math:`\mathcal N(\mu, \rho^2)`, :math:`\mu = \alpha u_t / n^2` and
-:math:`\rho = \sigma / n`; below t it stays so, above t it becomes :math:`\mathcal N(M, S^2)` with
-the weight w:
+a tilt of the standard normal law above its threshold t, where m is the mean (at a = b = s = 0 it
+is the law over all cells), then what is expected of u given the point :math:`u_t = \alpha u +
+\sigma \varepsilon` is a ratio of normal integrals. With :math:`n^2 = \alpha^2 + \sigma^2`, the
+posterior of a standard normal u is :math:`\mathcal N(\mu, \rho^2)`, with
+:math:`\mu = \alpha u_t / n^2` and :math:`\rho = \sigma / n`; below t it stays so, above t it
+becomes :math:`\mathcal N(M, S^2)` with the weight w:
 
 .. math::
     S^2 = \frac{\rho^2}{d}, \quad M = m + \frac{\mu - m + b \rho^2}{d}, \quad
@@ -29,8 +29,8 @@ the weight w:
 :math:`(t - M) / S`. The output is :math:`(E[u \mid u_t] - \mu) / \rho`, the target ``"edm"``
 :cite:p:`karras2022`: 0 for the law over all cells, bounded, and near the data close to 0.
 
-a, b and s are linear in the conditions, and a and b in factors that a :class:`Denoiser` makes of the
-cell's principal components. These are of what is expected of every gene alone, which is what
+a, b and s are linear in the conditions, and a and b in factors that a :class:`Denoiser` makes of
+the cell's principal components. These are of what is expected of every gene alone, which is what
 :math:`u_t` says about the state.
 """
 
@@ -55,9 +55,9 @@ __all__ = ["GeneDenoiser", "Tilt", "expected_noise"]
 _N_FACTORS = 32
 # At the data the posterior has no width.
 _SMALLEST_WIDTH = 1e-3
-# Of noise, components are divided by the share of the data that is left in them, but at least this.
+# Components are divided by the share of the data that is left in a point, but at least this.
 _SMALLEST_SIGNAL = 0.05
-_LARGEST_LOG_WEIGHT = 12.0
+_LARGEST_LOG_WEIGHT, _LARGEST_SLOPE = 12.0, 6.0
 
 
 class GeneDenoiser(nn.Module):
@@ -137,7 +137,9 @@ Tilt = tuple[Tensor, Tensor, Tensor]
 """a, b and s, each ``(n_obs, n_vars)``."""
 
 
-def expected_noise(mean: Tensor, width: Tensor, threshold: Tensor, m: Tensor, tilt: Tilt) -> Tensor:
+def expected_noise(
+    mean: Tensor, width: Tensor, threshold: Tensor, m: Tensor, tilt: Tilt
+) -> Tensor:
     r""":math:`(E[u \mid u_t] - \mu) / \rho` under a tilted law, ``(n_obs, n_vars)``.
 
     Parameters
@@ -150,6 +152,7 @@ def expected_noise(mean: Tensor, width: Tensor, threshold: Tensor, m: Tensor, ti
         a, b and s.
     """
     a, b, s = tilt
+    b = b.clamp(-_LARGEST_SLOPE, _LARGEST_SLOPE)
     narrower = torch.expm1(s.clamp(-1, 4))
     square, distance = width.square(), mean - m
     d = 1 + narrower * square
@@ -160,4 +163,5 @@ def expected_noise(mean: Tensor, width: Tensor, threshold: Tensor, m: Tensor, ti
     white_above = (threshold - m - moved) / (width * shrunk)
     above = torch.special.ndtr(-white_above)
     shift = above * (moved - distance) / width + shrunk * normal_density(white_above)
-    return (weight * shift - normal_density(white)) / (torch.special.ndtr(white) + weight * above)
+    total = torch.special.ndtr(white) + weight * above
+    return (weight * shift - normal_density(white)) / total.clamp(min=1e-20)

@@ -11,8 +11,8 @@ makes a peak of a normal law, so a value at the peak stands for an interval of s
 
 from which it is drawn anew whenever it is needed: dequantisation :cite:p:`theis2016`. Over all
 training cells every u is then N(0, 1), and :math:`u \mapsto x` is monotone: the least value up to
-the threshold t, above it the inverse of F, here piecewise linear between quantiles that are evenly
-spaced in u, and linear beyond the largest value of training.
+the threshold t, above it the inverse of F, here piecewise linear between quantiles, half of which
+are evenly spaced in F and half in u, and linear beyond the largest value of training.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _N_KNOTS = 32
 _SMALLEST_STEP = math.exp(-6) / 2
 # Genes of fewer values above the bound take the typical slope of the others beyond their range.
 _ENOUGH = 10
+# Directions beyond the axes that are asked for, for the search to be accurate.
+_N_OVERSAMPLED = 10
 
 
 def normal_density(u: Tensor) -> Tensor:
@@ -102,7 +104,9 @@ class NormalScores(nn.Module):
             buffer.copy_(torch.from_numpy(array))
         mean, _ = self.moments(values.to(self.share))
         n_axes = min(len(self.spread), *mean.shape)
-        _, singular, axes = torch.svd_lowrank(mean, q=n_axes, niter=4)
+        some = min(n_axes + _N_OVERSAMPLED, *mean.shape)
+        _, singular, axes = torch.svd_lowrank(mean, q=some, niter=4)
+        singular, axes = singular[:n_axes], axes[:, :n_axes]
         # The sign of an axis is arbitrary: most of its weight is positive.
         axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)
         self.axes[:, :n_axes] = axes
@@ -165,15 +169,14 @@ def _knots(above: np.ndarray, bound: float, share: float, sd: float) -> np.ndarr
     # Where the least and the largest value stand among those above the bound. Of few cells the
     # least is near the bound all the same: hardly any cell lies between.
     low, high = min(0.5 / n, 0.02), 1 - 0.5 / n
-    ends = special.ndtri(share + (1 - share) * np.array([low, high]))
-    u = np.linspace(*ends, _N_KNOTS)
+    first, last = special.ndtri(share + (1 - share) * np.array([low, high]))
+    even = special.ndtri(share + (1 - share) * np.linspace(low, high, _N_KNOTS // 2 + 2)[1:-1])
+    u = np.sort(np.r_[np.linspace(first, last, _N_KNOTS - _N_KNOTS // 2), even])
     rank = ((special.ndtr(u) - share) / (1 - share) - low) / (high - low)
     x = np.quantile(above, rank.clip(0, 1)) if len(above) else bound + sd * np.ones(_N_KNOTS)
     middle = _N_KNOTS // 2
     slope = max((x[-1] - x[middle]) / (u[-1] - u[middle]), sd)
-    return np.array(
-        [[bound, *x, x[-1] + slope], [float(special.ndtri(share)), *u, u[-1] + 1]]
-    )
+    return np.array([[bound, *x, x[-1] + slope], [float(special.ndtri(share)), *u, u[-1] + 1]])
 
 
 def _piece(x: Tensor, knots: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ moves them is what the law has besides; in the angle :math:`\theta = \arctan(\al
     \frac{d}{d\theta} \frac{y}{n} =
     \frac{\sigma \hat y - \alpha \hat\varepsilon}{n}.
 
-Solvers that hold :math:`\hat y` and :math:`\hat\varepsilon` for a step shrink them a little in each.
+Solvers that hold :math:`\hat y` and :math:`\hat\varepsilon` for a step shrink points in each.
 
 All have the arguments of :func:`euler`; their noise comes from a CPU generator.
 """
@@ -139,7 +139,7 @@ def arc(
     *,
     to: Literal["data", "noise"] = "data",
 ) -> Tensor:
-    """Heun's method in the angle: exact for standard normal data, in any number of steps.
+    """Heun's method in the angle: standard normal data are drawn exactly by any steps.
 
     The last step is Euler's, as in :func:`heun`.
 
@@ -157,21 +157,21 @@ def arc(
 
     def turn(point: Tensor, t: Tensor) -> Tensor:
         at = field.schedule(t)
-        expected = field.predict(point * at.norm, t)
+        expected = field.predict(point * at.norm.to(point), t)
         return (at.sigma * expected.data - at.alpha * expected.noise) / at.norm
 
     times = field.schedule.times(n_steps)
     if check_choice(to, "to", ("data", "noise")) == "noise":
         times = times.flip(0)
     along = field.schedule(times)
-    steps = torch.atan2(along.alpha, along.sigma).diff()
-    point = y / along.norm[0]
-    for i, step in enumerate(steps):
-        slope = turn(point, times[i])
+    angles, norms = torch.atan2(along.alpha, along.sigma), along.norm
+    point = y / norms[0].to(y)
+    for i in range(n_steps):
+        by, slope = angles[i + 1] - angles[i], turn(point, times[i])
         if i < n_steps - 1:
-            slope = (slope + turn(point + step * slope, times[i + 1])) / 2
-        point = point + step * slope
-    return point * along.norm[-1]
+            slope = (slope + turn(point + by * slope, times[i + 1])) / 2
+        point = point + by * slope
+    return point * norms[-1].to(y)
 
 
 def _euler_maruyama_step(
@@ -230,49 +230,6 @@ def ancestral(
         noise = _noise_like(y, generator) if fresh else torch.zeros_like(y)
         y = _ancestral_step(y, field.predict(y, t), start, end, noise, fresh)
     return y
-
-
-def arc(
-    field: Field,
-    y: Tensor,
-    n_steps: int,
-    generator: torch.Generator | None = None,
-    *,
-    to: Literal["data", "noise"] = "data",
-) -> Tensor:
-    """Heun's method in the angle: standard normal data are drawn exactly by any steps.
-
-    The last step is Euler's, as in :func:`heun`.
-
-    Parameters
-    ----------
-    field, y, n_steps, generator
-        See :func:`euler`; nothing is random.
-    to
-        Where to: from data to noise the same way back.
-
-    Returns
-    -------
-    Points at the other end, ``(n_obs, n_dims)``.
-    """
-
-    def turn(point: Tensor, t: Tensor) -> Tensor:
-        at = field.schedule(t)
-        expected = field.predict(point * at.norm.to(point), t)
-        return (at.sigma * expected.data - at.alpha * expected.noise) / at.norm
-
-    times = field.schedule.times(n_steps)
-    if check_choice(to, "to", ("data", "noise")) == "noise":
-        times = times.flip(0)
-    along = field.schedule(times)
-    angles, norms = torch.atan2(along.alpha, along.sigma), along.norm
-    point = y / norms[0].to(y)
-    for i in range(n_steps):
-        by, slope = angles[i + 1] - angles[i], turn(point, times[i])
-        if i < n_steps - 1:
-            slope = (slope + turn(point + by * slope, times[i + 1])) / 2
-        point = point + by * slope
-    return point * norms[-1].to(y)
 
 
 def ddim(

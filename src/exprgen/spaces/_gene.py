@@ -15,9 +15,10 @@ which is exactly p(u | x) under the law of all cells. As x is a function of u,
 
 .. math::
     \log p(x \mid c) \ge \mathbb E_q\Big[\log p(u \mid c)
-    + \sum_{x_g > b_g} \log \frac{du_g}{dx_g} - \sum_{x_g = b_g} \log \frac{\varphi(u_g)}{\Phi(t_g)}\Big].
+    + \sum_{x_g > b_g} \log \frac{du_g}{dx_g}
+    - \sum_{x_g = b_g} \log \frac{\varphi(u_g)}{\Phi(t_g)}\Big].
 
-The latent representation are the principal components of u, the scores that are open at their mean.
+The latent representation is the principal components of u, open scores at their mean.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class GeneSpace(Space):
     """
 
     is_learned: ClassVar[bool] = False
+    likelihood: PointMass
 
     def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
         super().__init__(n_vars, layout, PointMass(n_vars), n_latent=n_latent)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from exprgen.densities import Path
     from exprgen.module import ExpressionModule
+    from exprgen.spaces import Autoencoder
 
 __all__ = ["DensityTrainingPlan", "GenerativeTrainingPlan", "StagePlan", "check_plan"]
 
@@ -275,7 +276,7 @@ class GenerativeTrainingPlan(StagePlan):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Rates by role; decay for the networks."""
-        space, module = self.module.space, self.module
+        module, space = self.module, cast("Autoencoder", self.module.space)
         factors = {
             module.autoencoder_prior: self.density_lr_factor,
             space.likelihood: self.dispersion_lr_factor,
@@ -330,7 +331,7 @@ class DensityTrainingPlan(StagePlan):
         lr: float = 2e-3,
         weight_decay: float = 1e-4,
         lr_warmup: float = 0.1,
-        offset_lr_factor: float = 10.0,
+        offset_lr_factor: float = 5.0,
         ema_decay: float = 0.995,
         seed: int = 0,
     ) -> None:
