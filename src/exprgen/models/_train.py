@@ -290,7 +290,7 @@ class TrainMixin(ModelCore):
         """The second stage: the density, on what the encoder made of the cells."""
         batch_size = density_kwargs.pop("batch_size", 256)
         in_genes = not self.module.space.is_learned
-        default = default_density_epochs(len(train_idx), batch_size, in_genes=in_genes)
+        default = default_density_epochs(len(train_idx), batch_size, in_genes)
         max_epochs = density_kwargs.pop("max_epochs", default)
         mean, sd = encoded.mean[train_idx], encoded.sd[train_idx]
         plan = DensityTrainingPlan(self.module, seed=self.seed_, **density_kwargs)

@@ -30,8 +30,13 @@ becomes :math:`\mathcal N(M, S^2)` with the weight w:
 :cite:p:`karras2022`: 0 for the law over all cells, bounded, and near the data close to 0.
 
 a, b and s are linear in the conditions, and a and b in factors that a :class:`Denoiser` makes of
-the cell's principal components. These are of what is expected of every gene alone, which is what
-:math:`u_t` says about the state.
+the cell's principal components. Of a component with standard deviation :math:`\lambda` it reads
+
+.. math::
+    \frac{\lambda\, n^2}{\alpha^2 \lambda^2 + \sigma^2} \sum_g w_g\, E[\bar u_g \mid u_{t,g}],
+
+:math:`\bar u` being u, or its mean below t: what is expected of every gene alone, in units of
+:math:`\lambda`, times what makes it, were all normal, what is expected of the component.
 """
 
 from __future__ import annotations
@@ -55,8 +60,6 @@ __all__ = ["GeneDenoiser", "Tilt", "expected_noise"]
 _N_FACTORS = 32
 # At the data the posterior has no width.
 _SMALLEST_WIDTH = 1e-3
-# Components are divided by the share of the data that is left in a point, but at least this.
-_SMALLEST_SIGNAL = 0.05
 _LARGEST_LOG_WEIGHT, _LARGEST_SLOPE = 12.0, 6.0
 
 
@@ -109,10 +112,10 @@ class GeneDenoiser(nn.Module):
         """
         angle = place.to(y).reshape(-1, 1) * (math.pi / 2)
         mean, width = angle.sin() * y, angle.cos().clamp(min=_SMALLEST_WIDTH)
-        alone = self._alone(mean, width) / angle.sin().clamp(min=_SMALLEST_SIGNAL)
-        factors = self.state(
-            alone @ (self.scores.axes / self.scores.spread), place, features, keep, rows=rows
-        )
+        spread, axes = self.scores.spread, self.scores.axes
+        gain = spread / (angle.sin().square() * spread.square() + angle.cos().square())
+        components = gain * (self._alone(mean, width) @ axes)
+        factors = self.state(components, place, features, keep, rows=rows)
         a, b = self.loadings(factors).chunk(2, dim=1)
         of_a, of_b, s = self._offset(features, keep, rows).chunk(3, dim=1)
         m = self.scores.mean_above

@@ -46,7 +46,7 @@ def default_max_epochs(n_train: int) -> int:
     return max(4, math.ceil(40 * math.sqrt(10_000 / n_train)))
 
 
-def default_density_epochs(n_train: int, batch_size: int, *, in_genes: bool = False) -> int:
+def default_density_epochs(n_train: int, batch_size: int, in_genes: bool = False) -> int:
     """As many as 1,000 steps take, in gene space 400, or two where that is less."""
     n_steps = _N_GENE_STEPS if in_genes else _N_DENSITY_STEPS
     return max(2, math.ceil(n_steps / math.ceil(n_train / batch_size)))
