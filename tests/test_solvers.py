@@ -201,7 +201,7 @@ def test_there_and_back_again(schedule):
 
 @EACH_SCHEDULE
 def test_steps_in_the_angle_are_exact_for_standard_normal_data_and_go_back(schedule):
-    """Where Heun's method in data and noise takes off some of the variance."""
+    """Where Heun's method in data and noise changes their variance."""
     law = _mixture(schedule)
     start = law.prior(200)
 
@@ -216,7 +216,7 @@ def test_steps_in_the_angle_are_exact_for_standard_normal_data_and_go_back(sched
     end = law.schedule(torch.tensor(law.schedule.t_range[1], dtype=torch.float64)).norm
     expected = start / law.schedule.prior_scale * end
     torch.testing.assert_close(arc(Standard(), start, 3), expected)
-    assert heun(Standard(), start, 3).std() < 0.99 * expected.std()
+    assert abs(heun(Standard(), start, 3).std() / expected.std() - 1) > 0.01
     drawn = arc(law, start, 200)
     assert (arc(law, drawn, 200, to="noise") - start).abs().max() < 0.02 * start.std()
     with pytest.raises(ValueError, match="to must be one of"):

@@ -68,8 +68,6 @@ class Space(nn.Module, ABC):
         Number of genes.
     layout
         Columns of the encoded conditions.
-    likelihood
-        p(x | location, extra).
     n_latent
         Dimensions of z.
     """
@@ -80,21 +78,21 @@ class Space(nn.Module, ABC):
     n_dims: int
     """Dimensions of y."""
 
+    likelihood: Likelihood
+    """p(x | location, extra)."""
+
     depth: Depth | None
     """The last coordinate of y where depth is part of the space."""
 
     donors: DonorEffect | None
     """Donors' random effects where a donor is registered."""
 
-    def __init__(
-        self, n_vars: int, layout: ConditionLayout, likelihood: Likelihood, *, n_latent: int
-    ) -> None:
+    def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
         super().__init__()
         self.n_vars = n_vars
         self.n_latent = n_latent
         self.features = ConditionFeatures(layout)
         self.n_inputs = self.features.n_features + layout.n_batch
-        self.likelihood = likelihood
 
     @abstractmethod
     def initialize(self, moments: DataMoments) -> None:
@@ -171,8 +169,10 @@ class Autoencoder(Space):
 
     Parameters
     ----------
-    n_vars, layout, likelihood, n_latent
+    n_vars, layout, n_latent
         See :class:`Space`.
+    likelihood
+        p(x | location, extra).
     n_hidden, n_layers, dropout
         Shape of encoder and decoder.
     n_corrections
@@ -191,13 +191,14 @@ class Autoencoder(Space):
         dropout: float,
         n_corrections: int = 0,
     ) -> None:
-        super().__init__(n_vars, layout, likelihood, n_latent=n_latent)
+        super().__init__(n_vars, layout, n_latent=n_latent)
         n_features = self.features.n_features
         shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
         self.encoder = Encoder(n_vars, n_features, n_latent, n_corrections=n_corrections, **shape)
         self.decoder = Decoder(
             n_latent, self.n_inputs, n_vars, n_heads=likelihood.n_heads, **shape
         )
+        self.likelihood = likelihood
 
     def draw(self, mean: Tensor, sd: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw y from a Gaussian, ``(n_obs, n_dims)``."""

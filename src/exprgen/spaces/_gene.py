@@ -57,7 +57,8 @@ class GeneSpace(Space):
     likelihood: PointMass
 
     def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
-        super().__init__(n_vars, layout, PointMass(n_vars), n_latent=n_latent)
+        super().__init__(n_vars, layout, n_latent=n_latent)
+        self.likelihood = PointMass(n_vars)
         self.n_dims = n_vars
         self.depth = self.donors = None
         self.scores = NormalScores(n_vars, n_latent)
