@@ -27,7 +27,7 @@ moves them is what the law has besides; in the angle :math:`\theta = \arctan(\al
     \frac{d}{d\theta} \frac{y}{n} =
     \frac{\sigma \hat y - \alpha \hat\varepsilon}{n}.
 
-Solvers that hold :math:`\hat y` and :math:`\hat\varepsilon` for a step change their scale a little.
+Solvers that hold :math:`\hat y` and :math:`\hat\varepsilon` in a step change their scale a bit.
 
 All have the arguments of :func:`euler`; their noise comes from a CPU generator.
 """
