@@ -59,11 +59,7 @@ VARIANTS = {
     "ExprFlow": (ExprFlow, SMALL, [EVERYTHING, DONOR]),
     "ExprDiffusion": (ExprDiffusion, SMALL, ["no condition", SIZE]),
     "ExprFlow, genes": (ExprFlow, {**SMALL, "in_genes": True}, [EVERYTHING]),
-    "ExprDiffusion, genes": (
-        ExprDiffusion,
-        {**SMALL, "in_genes": True},
-        ["no condition", "label"],
-    ),
+    "ExprDiffusion, genes": (ExprDiffusion, {**SMALL, "in_genes": True}, ["no condition"]),
 }
 CASES = [
     pytest.param((model, options, role), id=f"{name}, {role}")
