@@ -22,7 +22,7 @@ from exprgen._layout import ConditionLayout
 from exprgen.densities import Gaussian, Mixture
 from exprgen.likelihoods import NegativeBinomial
 from exprgen.module import ExpressionModule
-from exprgen.spaces import Decoded, LatentSpace
+from exprgen.spaces import Autoencoder, Decoded, LatentSpace
 
 
 def _generator(seed=0):
@@ -47,6 +47,9 @@ class Linear(nn.Module):
 
     Stands in for a LatentSpace; ``shift`` and ``widen`` spoil the posterior.
     """
+
+    draw, log_posterior = Autoencoder.draw, Autoencoder.log_posterior
+    log_prob = Autoencoder.log_prob
 
     def __init__(self, prior, *, observed=False, shift=0.0, widen=1.0):
         super().__init__()

@@ -480,7 +480,7 @@ def test_a_path_without_conditions():
         ({"n_dims": 1, "depth_first": True}, "depth_first needs n_dims of at least 2, got 1"),
         (
             {"coupling": "optimal_transport", "solver": "ddpm"},
-            "solver must be one of 'euler', 'heun', 'ddim', 'ode' .*stochastic solvers need",
+            "solver must be one of 'euler', 'heun', 'ddim', 'ode', 'arc' .*stochastic solvers",
         ),
     ],
 )

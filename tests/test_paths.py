@@ -16,7 +16,7 @@ from faults import N_OBS, ROLES, make_cells, refused, untouched
 from lightning.pytorch import Callback
 
 from exprgen import NBVAE, ZINBVAE, ExprDiffusion, ExprFlow, datasets
-from exprgen._errors import SetupError, TrainingDivergedError
+from exprgen._errors import TrainingDivergedError
 from exprgen.densities import _path
 from exprgen.train import DensityTrainingPlan, GenerativeTrainingPlan, KeepBestWeights
 
@@ -798,11 +798,3 @@ def test_every_role_works(model_class, roles):
     for key in model.schema.condition_keys:
         assert not _same_cells(plain, model.sample(adata, seed=0, guidance={key: 0}))
         assert not _same_cells(plain, model.sample(adata, seed=0, guidance={key: 2.0}))
-
-
-@both
-def test_continuous_values_are_refused(model_class):
-    adata = make_cells()
-    adata.layers["log"] = np.log1p(adata.X.toarray())
-    with refused(SetupError, "counts"):
-        model_class.setup_anndata(adata, layer="log")

@@ -12,6 +12,7 @@ from exprgen.schedules import SCHEDULES, TARGETS, Prediction, predict, regressio
 from exprgen.solvers import (
     SOLVERS,
     ancestral,
+    arc,
     euler,
     heun,
     n_evaluations,
@@ -175,7 +176,7 @@ def test_euler_is_ddim_and_eta_is_the_share_of_new_noise(schedule):
 
 
 @EACH_SCHEDULE
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (arc, 2)])
 def test_order_of_convergence(schedule, solver, order):
     """The slope of log error by log step."""
     law = _mixture(schedule)
@@ -196,6 +197,30 @@ def test_there_and_back_again(schedule):
     assert (noise - y).abs().max() > 0.1
     with pytest.raises(ValueError, match="to must be one of"):
         ode(law, y, to="nose")
+
+
+@EACH_SCHEDULE
+def test_steps_in_the_angle_are_exact_for_standard_normal_data_and_go_back(schedule):
+    """Where Heun's method in data and noise changes their variance."""
+    law = _mixture(schedule)
+    start = law.prior(200)
+
+    class Standard:
+        schedule = law.schedule
+
+        def predict(self, y_t, t):
+            at = self.schedule(t)
+            return Prediction(y_t * at.alpha / at.norm**2, y_t * at.sigma / at.norm**2)
+
+    # The schedules end at the data but for a little noise, which makes no difference to the scale.
+    end = law.schedule(torch.tensor(law.schedule.t_range[1], dtype=torch.float64)).norm
+    expected = start / law.schedule.prior_scale * end
+    torch.testing.assert_close(arc(Standard(), start, 3), expected)
+    assert abs(heun(Standard(), start, 3).std() / expected.std() - 1) > 0.01
+    drawn = arc(law, start, 200)
+    assert (arc(law, drawn, 200, to="noise") - start).abs().max() < 0.02 * start.std()
+    with pytest.raises(ValueError, match="to must be one of"):
+        arc(law, drawn, 2, to="nose")
 
 
 # Log-densities ---------------------------------------------------------------------------

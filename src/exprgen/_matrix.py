@@ -159,6 +159,8 @@ class MatrixSummary:
         infinite, and they count as integers if they are.
     first_negative, first_non_integer, first_nan, first_inf
         Row and column of the first of them in reading order, None if there is none.
+    n_non_zero
+        How many values are not 0.
     n_above_2_24
         How many values lie above 2^24, where float32 loses integers.
     row_totals
@@ -179,9 +181,15 @@ class MatrixSummary:
     first_nan: tuple[int, int] | None
     n_inf: int
     first_inf: tuple[int, int] | None
+    n_non_zero: int
     n_above_2_24: int
     row_totals: np.ndarray
     zero_genes: np.ndarray
+
+    @property
+    def is_fractional(self) -> bool:
+        """Whether most values that are not 0 are no integers: measured on another scale."""
+        return 2 * self.n_non_integer > self.n_non_zero
 
 
 def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
@@ -206,7 +214,7 @@ def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
     minimum, maximum = np.inf, -np.inf
     counts = dict.fromkeys(("negative", "non_integer", "nan", "inf"), 0)
     first: dict[str, tuple[int, int] | None] = dict.fromkeys(counts)
-    n_above = 0
+    n_non_zero = n_above = 0
     totals = np.zeros(n_obs)
     zero_genes = np.ones(n_vars, dtype=bool)
     for start in range(0, n_obs, block):
@@ -218,6 +226,7 @@ def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
         blank = np.inf if data.size == part.shape[0] * n_vars else 0.0  # are there unstored zeros?
         minimum = min(minimum, np.fmin.reduce(data, initial=blank))
         maximum = max(maximum, np.fmax.reduce(data, initial=-blank))
+        n_non_zero += int(np.count_nonzero(data))
         n_above += int((data > FLOAT32_INTEGERS).sum())
         nan = np.isnan(data)
         for name, wrong in {
@@ -236,6 +245,7 @@ def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
         n_vars=n_vars,
         minimum=float(minimum),
         maximum=float(maximum),
+        n_non_zero=n_non_zero,
         n_above_2_24=n_above,
         row_totals=totals,
         zero_genes=zero_genes,

@@ -141,7 +141,7 @@ def check_setup_data(
     adata: AnnData,
     layer: str | None,
     *,
-    needs_counts: bool,
+    needs_counts: bool | None,
     allow_non_integer: bool = False,
     minimum_cells: int = 10,
 ) -> MatrixSummary:
@@ -154,7 +154,8 @@ def check_setup_data(
     layer
         Layer to be modelled, None for ``X``.
     needs_counts
-        Whether the model's likelihood is one of counts.
+        Whether the model's likelihood is one of counts; ``None`` if the values decide, see
+        :attr:`~exprgen._matrix.MatrixSummary.is_fractional`.
     allow_non_integer
         Whether corrected counts, which need not be integers, are meant to be modelled as counts.
     minimum_cells
@@ -197,6 +198,8 @@ def check_setup_data(
         )
     if summary.zero_genes.all():
         raise SetupError(f"{where} holds nothing but 0, shape {adata.shape}.")
+    if needs_counts is None:
+        needs_counts = not summary.is_fractional
     if needs_counts:
         _check_counts(adata, summary, where, layer, allow_non_integer)
     else:

@@ -11,17 +11,15 @@ tightens as K grows :cite:p:`burda2016`. The module knows tensors only.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Tensor
 
-from exprgen.densities._base import gaussian_entropy
-
 if TYPE_CHECKING:
     from exprgen.densities import ConditionalDensity
-    from exprgen.spaces import Decoded, Space
+    from exprgen.spaces import Autoencoder, Decoded, Space
 
 __all__ = ["ExpressionModule"]
 
@@ -50,6 +48,11 @@ class ExpressionModule(BaseModuleClass):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     @property
+    def has_density_stage(self) -> bool:
+        """Whether the density is trained by itself, after the autoencoder or without one."""
+        return self.prior is not None or not self.space.is_learned
+
+    @property
     def autoencoder_prior(self) -> ConditionalDensity:
         """The density that the space is trained with; its means have a closed form."""
         return self.density if self.prior is None else self.prior
@@ -67,8 +70,7 @@ class ExpressionModule(BaseModuleClass):
     ) -> dict[str, Tensor]:
         """Posterior of y and one draw of it, each ``(n_obs, n_dims)``."""
         mean, sd = self.space.encode(x, c, library)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        return {"mean": mean, "sd": sd, "y": mean + sd * noise}
+        return {"mean": mean, "sd": sd, "y": self.space.draw(mean, sd, generator)}
 
     def _get_generative_input(
         self, tensors: dict[str, Tensor], inference_outputs: dict[str, Tensor]
@@ -107,7 +109,7 @@ class ExpressionModule(BaseModuleClass):
             x = torch.maximum(x, torch.as_tensor(likelihood.lower).to(x))
         reconstruction = -likelihood.log_prob(x, *generative_outputs["decoded"])
         kl = self.autoencoder_prior.kl(**inference_outputs, features=features)
-        once = self.space.prior_cost(kl_weight) / n_obs_training
+        once = cast("Autoencoder", self.space).prior_cost(kl_weight) / n_obs_training
         loss = (reconstruction + kl_weight * beta * kl).mean() + once
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 
@@ -179,17 +181,10 @@ class ExpressionModule(BaseModuleClass):
             sd[:, -1] = 0
         effect = space.known_effect(c)
         total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-        entropy = gaussian_entropy(sd)
         for _ in range(n_samples):
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            y = mean + sd * noise
-            # log q(y) = -entropy + (d - |noise|²)/2 over the inferred coordinates.
-            inferred = (sd > 0).double()
-            log_q = -entropy + 0.5 * (inferred * (1 - noise.double().square())).sum(-1)
-            decoded = space.decode(y, c, effect).double()
-            log_p = space.likelihood.log_prob(x.double(), *decoded)
-            weight = log_p + self.density.log_prob(y, features).double() - log_q
-            total = torch.logaddexp(total, weight)
+            y = space.draw(mean, sd, generator)
+            log_p = space.log_prob(x, y, c, effect) + self.density.log_prob(y, features).double()
+            total = torch.logaddexp(total, log_p - space.log_posterior(y, mean, sd))
         value = total - math.log(n_samples)
         if conditional:
             value = value - self.density.log_prob_last(mean[:, -1], features).double()
@@ -198,6 +193,4 @@ class ExpressionModule(BaseModuleClass):
     @torch.no_grad()
     def represent(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, c), both ``(n_obs, n_latent)``."""
-        mean, sd = self.space.encode(x, c, library)
-        n_latent = self.space.n_latent
-        return mean[:, :n_latent], sd[:, :n_latent]
+        return self.space.represent(x, c, library)

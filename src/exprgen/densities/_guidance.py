@@ -20,7 +20,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exprgen._arguments import check_number
 from exprgen.densities._mixture import Mixture
@@ -30,7 +30,6 @@ from exprgen.schedules import predict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from exprgen.nn import Denoiser
     from exprgen.schedules import Coefficients, Prediction, Schedule, Target
 
 __all__ = ["GuidedField", "HidingMixture", "Term", "WatchedField", "evaluate", "terms_of"]
@@ -69,7 +68,7 @@ def terms_of(guidance: Sequence[float] | Tensor | None, n_conditions: int) -> tu
 
 
 def evaluate(
-    network: Denoiser,
+    network: nn.Module,
     y_t: Tensor,
     at: Coefficients,
     features: Tensor,
@@ -100,7 +99,7 @@ class GuidedField:
         The row of the features that each point has, ``(n_obs,)``; in line if ``None``.
     """
 
-    network: Denoiser
+    network: nn.Module
     schedule: Schedule
     target: Target
     features: Tensor

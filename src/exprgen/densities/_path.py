@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exprgen._arguments import check_choice, check_number, check_positive_int
 from exprgen._errors import name_some
@@ -39,7 +39,7 @@ from exprgen.schedules import (
     schedule_of,
     weight_of,
 )
-from exprgen.solvers import SOLVERS, ode_log_prob, solve
+from exprgen.solvers import SOLVERS, arc, ode_log_prob, solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +83,8 @@ class Path(ConditionalDensity):
         Share of training rows in which a condition is hidden, each on its own.
     n_hidden, n_layers, dropout
         Of the network.
+    network
+        In place of a :class:`~exprgen.nn.Denoiser` of that shape; of the same signature.
     objective
         ``"matching"`` regresses on the target; ``"mle"`` maximises the likelihood of the flow,
         with Hutchinson's estimate of the trace :cite:p:`grathwohl2019`, through a solver.
@@ -117,6 +119,7 @@ class Path(ConditionalDensity):
         n_hidden: int = 256,
         n_layers: int = 2,
         dropout: float = 0.0,
+        network: nn.Module | None = None,
         objective: Literal["matching", "mle"] = "matching",
         depth_first: bool = False,
     ) -> None:
@@ -139,14 +142,16 @@ class Path(ConditionalDensity):
         self.n_conditions = len(blocks)
         self.depth = HidingMixture(blocks) if depth_first else None
         self.n_path = n_dims - depth_first
-        self.network = Denoiser(
-            self.n_path,
-            blocks,
-            n_given=int(depth_first),
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            dropout=dropout,
-        )
+        if network is None:
+            network = Denoiser(
+                self.n_path,
+                blocks,
+                n_given=int(depth_first),
+                n_hidden=n_hidden,
+                n_layers=n_layers,
+                dropout=dropout,
+            )
+        self.network = network
         exact = self.n_path <= _N_EXACT_TRACE
         self.estimator = "exact up to the solver's error" if exact else "estimate"
         self.register_buffer("shift", torch.zeros(n_dims))
@@ -352,6 +357,28 @@ class Path(ConditionalDensity):
             return self.scale.new_zeros(0, self.n_dims)
         y = self.shift + self.scale * torch.cat(draws)
         return y if last is None else torch.cat([y[:, :-1], last[:, None].to(y)], dim=1)
+
+    @torch.no_grad()
+    def transport(
+        self, y: Tensor, features: Tensor, to: Tensor, n_steps: int | None = None
+    ) -> Tensor:
+        """The same noise under other conditions, ``(n_obs, n_dims)``: back, and forth again.
+
+        Exact but for the solver's error: what follows p(y | c) then follows p(y | c'). Of paths
+        of all coordinates only.
+
+        Parameters
+        ----------
+        y, features, to
+            Data ``(n_obs, n_dims)``, its condition features and others, ``(n_obs, n_features)``.
+        n_steps
+            Either way; the path's own where ``None``.
+        """
+        n_steps = self.n_steps if n_steps is None else n_steps
+        u, _ = self._split(y)
+        noise = arc(self._field(features, None, (Term(),)), u, n_steps, to="noise")
+        moved = arc(self._field(to, None, (Term(),)), noise, n_steps)
+        return self.shift + self.scale * moved
 
     def _last(
         self,

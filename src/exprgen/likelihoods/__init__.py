@@ -1,7 +1,7 @@
 """Likelihoods of expression given the decoder's output."""
 
 from exprgen.likelihoods._base import Dispersion, Likelihood, Start
-from exprgen.likelihoods._gaussian import Gaussian, MixtureOfGaussians
+from exprgen.likelihoods._gaussian import Gaussian, MixtureOfGaussians, PointMass
 from exprgen.likelihoods._negative_binomial import (
     ContaminatedNegativeBinomial,
     NegativeBinomial,
@@ -18,6 +18,7 @@ __all__ = [
     "Likelihood",
     "MixtureOfGaussians",
     "NegativeBinomial",
+    "PointMass",
     "Poisson",
     "Start",
     "ZeroInflatedNegativeBinomial",

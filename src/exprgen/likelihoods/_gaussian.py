@@ -37,7 +37,7 @@ from exprgen.likelihoods._base import Dispersion, Likelihood, Start
 if TYPE_CHECKING:
     from torch import Generator
 
-__all__ = ["Gaussian", "MixtureOfGaussians", "Rectified"]
+__all__ = ["Gaussian", "MixtureOfGaussians", "PointMass", "Rectified"]
 
 # No component is narrower than this share of the gene's own spread, e^-6: a value that repeats
 # would otherwise have an unbounded density.
@@ -137,6 +137,27 @@ class Gaussian(Rectified):
     def variance(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Of the clipped value, in squared units of the layer."""
         return self._moments(location, self.sd(location, extra))[1]
+
+
+class PointMass(Rectified):
+    """Values without noise: location = value. For spaces in which y says all of a cell."""
+
+    def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Log-probability, 0 or minus infinity."""
+        same = (x.to(location.dtype) == location).all(-1)
+        return torch.where(same, 0.0, -math.inf).to(location.dtype)
+
+    def draw(self, location: Tensor, generator: Generator, extra: Tensor | None = None) -> Tensor:
+        """The location as float32, on the CPU."""
+        return location.cpu().float()
+
+    def mean(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
+        """The location."""
+        return location
+
+    def variance(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
+        """None."""
+        return torch.zeros_like(location)
 
 
 class MixtureOfGaussians(Rectified):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from exprgen import _arguments
 from exprgen.densities import Gaussian, Mixture, NormalizingFlow, Path
 from exprgen.module import ExpressionModule
-from exprgen.spaces import ContinuousLatentSpace, LatentSpace
+from exprgen.nn import GeneDenoiser
+from exprgen.spaces import ContinuousLatentSpace, GeneSpace, LatentSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from exprgen.models._base import GenerativeModel
     from exprgen.spaces import Space
 
-__all__ = ["Architecture", "DensityName", "build_module"]
+__all__ = ["Architecture", "DensityName", "build_gene_module", "build_module"]
 
 DensityName = Literal["mixture", "gaussian", "flow"]
 
@@ -110,6 +111,40 @@ def build_module(
         return ExpressionModule(space, flow, prior=density)
 
     if path is not None:
-        names = {"n_hidden": "density_hidden", "n_layers": "density_layers"}
-        said = {"density": "path", **said, **{names.get(k, k): v for k, v in path.items()}}
+        said = {"density": "path", **said, **_named(path)}
     model._set_module(build, {**asdict(architecture), **said})
+
+
+def build_gene_module(model: GenerativeModel, n_latent: int, path: Mapping[str, Any]) -> None:
+    """Give a model of continuous values its module in gene space.
+
+    Parameters
+    ----------
+    model
+        Set up, without a module.
+    n_latent
+        Principal components that stand for the state of a cell.
+    path
+        Arguments of the :class:`~exprgen.densities.Path`, of its network as well.
+    """
+    _arguments.check_positive_int(n_latent, "n_latent")
+    shape = ("n_hidden", "n_layers")
+    for name in shape:
+        _arguments.check_positive_int(path[name], f"density_{name[2:]}")
+
+    def build() -> ExpressionModule:
+        space = GeneSpace(len(model.var_names), model.schema.layout, n_latent=n_latent)
+        blocks = space.features.blocks
+        network = GeneDenoiser(space.scores, blocks, **{name: path[name] for name in shape})
+        others = {name: value for name, value in path.items() if name not in shape}
+        sizes = space.n_dims, space.features.n_features
+        return ExpressionModule(space, Path(*sizes, blocks=blocks, network=network, **others))
+
+    said = {"space": "genes", "n_latent": n_latent, "density": "path", **_named(path)}
+    model._set_module(build, said)
+
+
+def _named(path: Mapping[str, Any]) -> dict[str, Any]:
+    """A path's arguments by the names that the models have for them."""
+    names = {"n_hidden": "density_hidden", "n_layers": "density_layers"}
+    return {names.get(name, name): value for name, value in path.items()}

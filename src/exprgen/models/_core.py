@@ -35,8 +35,11 @@ __all__ = ["ModelCore"]
 class ModelCore(BaseModelClass):
     """State of a model, how it reads cells and where it writes results."""
 
-    needs_counts: ClassVar[bool]
+    needs_counts: bool
     """Whether the likelihood is one of counts."""
+
+    takes_continuous: ClassVar[bool] = False
+    """Whether a model of counts takes continuous values as well, as they are."""
 
     module: ExpressionModule
     is_trained_: bool
@@ -136,6 +139,21 @@ class ModelCore(BaseModelClass):
             f"{name}={value!r} needs a model of counts: {type(self).__name__} models values that "
             f"are normalised for depth. Leave {name} out, or use exprgen.NBVAE on the counts."
         )
+
+    def _check_has_noise(self, verb: str) -> None:
+        """Refuse a verb about what a cell's values leave open, where they leave nothing open.
+
+        Raises
+        ------
+        ValueError
+            If the model is one in gene space.
+        """
+        if not self.module.space.is_learned:
+            raise ValueError(
+                f"{verb} needs a model that tells a cell's state from the noise of its values. "
+                f"This {type(self).__name__} models the values themselves, in gene space: given a "
+                "cell's own it would return them. Use exprgen.CondVAE, or a model of the counts."
+            )
 
     @property
     def _device(self) -> torch.device:

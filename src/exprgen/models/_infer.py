@@ -119,7 +119,8 @@ class InferMixin(ModelCore):
         """Posterior mean of the latent state z of each cell.
 
         The encoder does not see the batch: cells of a new batch are mapped with
-        ``unseen="null"``.
+        ``unseen="null"``. In gene space it is the principal components of the cell's normal
+        scores, see :class:`~exprgen.spaces.GeneSpace`, which know nothing of conditions.
 
         Parameters
         ----------
@@ -143,10 +144,11 @@ class InferMixin(ModelCore):
         Warns
         -----
         UserWarning
-            If the model has conditions: the latent state is then computed given them.
+            If the model has conditions: the latent state is then computed given them (not in gene
+            space).
         """
         self._check_trained()
-        if self.schema.condition_keys:
+        if self.schema.condition_keys and self.module.space.is_learned:
             warnings.warn(
                 f"The latent representation is computed given {self.schema.condition_keys}: it "
                 "holds what these do not explain. Train without conditions for an unsupervised "
@@ -209,6 +211,7 @@ class InferMixin(ModelCore):
         import sparse
 
         self._check_trained()
+        self._check_has_noise("posterior_predictive_sample")
         _arguments.check_positive_int(n_samples, "n_samples")
         seed = resolve_seed(seed)
         cells = self._cells(adata, indices)
@@ -222,7 +225,7 @@ class InferMixin(ModelCore):
             effect = space.known_effect(c)
             counts = []
             for _ in range(n_samples):
-                y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
+                y = space.draw(centre, sd, noise)
                 location, extra = space.decode(y, c, effect)
                 counts.append(space.likelihood.draw(location, noise, extra).numpy())
             drawn = np.stack(counts, -1)[:, columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -11,7 +12,7 @@ import numpy as np
 from exprgen import _arguments
 from exprgen._errors import closest
 from exprgen.models._base import GenerativeModel
-from exprgen.models._build import Architecture, build_module
+from exprgen.models._build import Architecture, build_gene_module, build_module
 from exprgen.models._cells import cell_keys
 from exprgen.models._presets import NBVAE, count_likelihood
 from exprgen.solvers import SOLVERS
@@ -27,15 +28,59 @@ if TYPE_CHECKING:
 
 __all__ = ["ExprDiffusion", "ExprFlow"]
 
+KINDS = ("counts", "continuous")
+"""What a layer may hold."""
+
 
 class PathModel(GenerativeModel):
-    """What flow and diffusion models share: an autoencoder of counts, and a path in its space."""
+    """What flow and diffusion models share: a path.
+
+    Of counts it is one in the space of an autoencoder, of continuous values in that of the genes.
+    """
 
     needs_counts = True
+    takes_continuous = True
 
     _AUTOENCODER: ClassVar[tuple[str, ...]] = (
         "n_latent", "n_hidden", "n_layers", "dropout", "n_components", "likelihood", "dispersion",
     )  # fmt: skip
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None,
+        registry: dict[str, Any] | None,
+        *,
+        seed: int | None,
+        autoencoder: dict[str, Any],
+        path: dict[str, Any],
+    ) -> None:
+        law, dispersion = count_likelihood(autoencoder["likelihood"], autoencoder["dispersion"])
+        shape = {k: v for k, v in autoencoder.items() if k not in ("likelihood", "dispersion")}
+        architecture = Architecture(density="mixture", **shape)
+        super().__init__(adata, registry, seed=seed)
+        kind = self._setup_state["data_kind"]
+        self.needs_counts = _arguments.check_choice(kind, "kind", KINDS) == "counts"
+        if self.needs_counts:
+            path = {**path, "solver": path["solver"] or "heun"}
+            said = {"likelihood": autoencoder["likelihood"], "dispersion": dispersion}
+            build_module(self, law, architecture, path, **said)
+            return
+        self._refuse_useless({**path, **autoencoder})
+        path = {**path, "solver": path["solver"] or "arc", "target": "edm"}
+        build_gene_module(self, autoencoder["n_latent"], path)
+
+    def _refuse_useless(self, said: dict[str, Any]) -> None:
+        """Refuse what has no use in gene space, where it is not left as it is."""
+        known = inspect.signature(type(self)).parameters
+        for name in (*self._AUTOENCODER, "target", "objective"):
+            if name == "n_latent" or name not in said or said[name] == known[name].default:
+                continue
+            raise ValueError(
+                f"{name}={said[name]!r} has no use for continuous values: {type(self).__name__} "
+                "models them in gene space, without an autoencoder, by a network whose target is "
+                f"its own. Leave {name} out. The network's size is density_hidden and "
+                "density_layers."
+            )
 
     @classmethod
     def from_autoencoder(cls, model: NBVAE, *, seed: int | None = None, **path: Any) -> Self:
@@ -177,13 +222,19 @@ class PathModel(GenerativeModel):
 
 
 class ExprFlow(PathModel):
-    """Flow matching in the latent space of counts.
+    """Flow matching in the latent space of counts, or in the space of genes.
 
     An autoencoder of counts, which is :class:`NBVAE`, is trained first. A flow then learns the law
     of its latent state and depth given the conditions, by regression on the velocity of straight
     paths from noise :cite:p:`lipman2023`; a few steps along them draw a cell. Its log-density is
     exact up to the solver's error, so that :meth:`log_likelihood` is a bound of the same kind as
     every other model's.
+
+    Continuous values are modelled as they are, in gene space: every gene by its normal score,
+    with a peak at its least value, and all genes by one path, without an autoencoder. Its
+    log-density is an *estimate* then, with random signs for the trace, and :meth:`log_likelihood`
+    an *estimate* of the *bound* that the scores of what was not detected leave. Where counts are
+    at hand prefer these.
 
     Parameters
     ----------
@@ -193,8 +244,11 @@ class ExprFlow(PathModel):
         The registry of a saved model, instead of data.
     seed
         Of the initial weights and of training.
-    n_latent, n_hidden, n_layers, dropout, n_components, likelihood, dispersion
-        Of the autoencoder, see :class:`NBVAE`.
+    n_latent
+        Dimensions of z; in gene space, principal components that the network reads and
+        :meth:`get_latent_representation` returns.
+    n_hidden, n_layers, dropout, n_components, likelihood, dispersion
+        Of the autoencoder, see :class:`NBVAE`; refused in gene space.
     density_hidden, density_layers
         Width and number of the blocks of the flow's network.
     condition_dropout
@@ -205,9 +259,9 @@ class ExprFlow(PathModel):
         conditions :cite:p:`tong2024`, which straightens paths at four times the cost.
     objective
         ``"matching"``, or ``"mle"``: maximum likelihood of the continuous normalizing flow
-        :cite:p:`grathwohl2019`, which is far slower.
+        :cite:p:`grathwohl2019`, which is far slower (not in gene space).
     solver, n_steps
-        How to draw, see :mod:`exprgen.solvers`.
+        How to draw, see :mod:`exprgen.solvers`; ``None`` is ``"heun"``, in gene space ``"arc"``.
 
     Examples
     --------
@@ -237,11 +291,18 @@ class ExprFlow(PathModel):
         condition_dropout: float = 0.1,
         coupling: Literal["independent", "optimal_transport"] = "independent",
         objective: Literal["matching", "mle"] = "matching",
-        solver: str = "heun",
+        solver: str | None = None,
         n_steps: int = 5,
     ) -> None:
-        law, dispersion = count_likelihood(likelihood, dispersion)
-        shape = Architecture(n_latent, n_hidden, n_layers, dropout, "mixture", n_components)
+        autoencoder = {
+            "n_latent": n_latent,
+            "n_hidden": n_hidden,
+            "n_layers": n_layers,
+            "dropout": dropout,
+            "n_components": n_components,
+            "likelihood": likelihood,
+            "dispersion": dispersion,
+        }
         path = {
             "n_hidden": density_hidden,
             "n_layers": density_layers,
@@ -251,13 +312,12 @@ class ExprFlow(PathModel):
             "solver": solver,
             "n_steps": n_steps,
         }
-        super().__init__(adata, registry, seed=seed)
-        build_module(self, law, shape, path, likelihood=likelihood, dispersion=dispersion)
+        super().__init__(adata, registry, seed=seed, autoencoder=autoencoder, path=path)
         self.init_params_ = self._get_init_params(locals())
 
 
 class ExprDiffusion(PathModel):
-    """Score-based diffusion in the latent space of counts.
+    """Score-based diffusion in the latent space of counts, or in the space of genes.
 
     As :class:`ExprFlow`, with a path on which variance is preserved and a network that tells data
     from noise :cite:p:`ho2020,song2021`.
@@ -267,7 +327,7 @@ class ExprDiffusion(PathModel):
     adata, registry, seed
         See :class:`ExprFlow`.
     n_latent, n_hidden, n_layers, dropout, n_components, likelihood, dispersion
-        Of the autoencoder, see :class:`NBVAE`.
+        See :class:`ExprFlow`.
     density_hidden, density_layers, condition_dropout
         See :class:`ExprFlow`.
     schedule
@@ -275,7 +335,8 @@ class ExprDiffusion(PathModel):
         :mod:`exprgen.schedules`.
     target
         What the network predicts: ``"v"`` :cite:p:`salimans2022`, ``"noise"``, ``"data"``,
-        ``"score"``, ``"velocity"`` or ``"edm"``, the preconditioned one :cite:p:`karras2022`.
+        ``"score"``, ``"velocity"`` or ``"edm"``, the preconditioned one :cite:p:`karras2022`; in
+        gene space it is always that.
     weighting
         Of errors by time: ``"uniform"``, ``"min_snr"``, ``"likelihood"`` or ``"edm"``.
     times
@@ -313,11 +374,18 @@ class ExprDiffusion(PathModel):
         target: Target = "v",
         weighting: Weighting = "uniform",
         times: Times = "uniform",
-        solver: str = "heun",
+        solver: str | None = None,
         n_steps: int = 5,
     ) -> None:
-        law, dispersion = count_likelihood(likelihood, dispersion)
-        shape = Architecture(n_latent, n_hidden, n_layers, dropout, "mixture", n_components)
+        autoencoder = {
+            "n_latent": n_latent,
+            "n_hidden": n_hidden,
+            "n_layers": n_layers,
+            "dropout": dropout,
+            "n_components": n_components,
+            "likelihood": likelihood,
+            "dispersion": dispersion,
+        }
         path = {
             "n_hidden": density_hidden,
             "n_layers": density_layers,
@@ -329,6 +397,5 @@ class ExprDiffusion(PathModel):
             "solver": solver,
             "n_steps": n_steps,
         }
-        super().__init__(adata, registry, seed=seed)
-        build_module(self, law, shape, path, likelihood=likelihood, dispersion=dispersion)
+        super().__init__(adata, registry, seed=seed, autoencoder=autoencoder, path=path)
         self.init_params_ = self._get_init_params(locals())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mudata import MuData
 
-    from exprgen.spaces import Decoded
+    from exprgen.spaces import Autoencoder, Decoded
 
 __all__ = ["PredictMixin"]
 
@@ -222,6 +222,8 @@ class PredictMixin(ModelCore):
     ) -> AnnData | MuData:
         """Expected expression given each cell's own counts, with its posterior uncertainty.
 
+        Not in gene space, where a cell's own values leave nothing open.
+
         Parameters
         ----------
         adata
@@ -243,6 +245,7 @@ class PredictMixin(ModelCore):
         The AnnData that carries the results: the same object, or a copy if it was a view.
         """
         self._check_trained()
+        self._check_has_noise("denoise")
         _arguments.check_positive_int(n_samples, "n_samples")
         self._check_has_depth(library=library, default="observed")
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
@@ -258,7 +261,7 @@ class PredictMixin(ModelCore):
         columns = slice(None) if selected is None else selected
         n_genes = len(self.var_names) if selected is None else len(selected)
         results = {k: np.zeros((len(cells), n_genes), np.float32) for k in _DENOISED}
-        space = self.module.space
+        space = cast("Autoencoder", self.module.space)
         for block, part in blocks(len(cells), "Denoising", show=progress_bar):
             noise = generator(seed, CELL, block)
             x, c, depth = cells.tensors(part, self._device)
@@ -266,7 +269,7 @@ class PredictMixin(ModelCore):
             effect = space.known_effect(c)
             moments = Moments()
             for _ in range(n_samples):
-                y = centre + sd * torch.randn(sd.shape, generator=noise).to(sd)
+                y = space.draw(centre, sd, noise)
                 log_depth = space.log_depth(y, c) if fixed is None else fixed.expand(len(y)).to(y)
                 expected = []
                 for code in codes:

@@ -168,7 +168,9 @@ class SaveMixin(SetupMixin):
             if unknown := registry["setup_args"].keys() - (known - {"adata", "mdata", "kwargs"}):
                 raise TypeError(f"{method} takes no {name_some(sorted(unknown))}")
         with _naming(folder, "weights"):
-            _check_sizes(arguments, payload["model_state_dict"])
+            state = registry["field_registries"][CONDITIONS_KEY]["state_registry"]
+            in_genes = cls.takes_continuous and state["data_kind"] != "counts"
+            _check_sizes(arguments, payload["model_state_dict"], in_genes=in_genes)
         for name, read in ((ADATA_FILE, ad.read_h5ad), (MDATA_FILE, read_h5mu)):
             data_file = f"{prefix or ''}{name}"
             if adata is None and data_file in manifest["files"]:  # no other has been verified
@@ -356,11 +358,15 @@ def _check_registry(registry: Mapping[str, Any]) -> None:
         raise ValueError(f"{registry['setup_method_name']!r} is no method of setup")
 
 
-def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+def _check_sizes(
+    arguments: Mapping[str, Any], weights: Mapping[str, Any], *, in_genes: bool = False
+) -> None:
     """Refuse networks that the weights cannot fill, before memory is asked for them."""
-    sizes = ["n_latent", "n_hidden", "n_layers", "density_hidden", "density_layers"]
-    # Paths have a mixture as prior, and no choice.
-    sizes += ["n_components"] * (arguments.get("density", "mixture") == "mixture")
+    sizes = ["n_latent", "density_hidden", "density_layers"]
+    if not in_genes:
+        sizes += ["n_hidden", "n_layers"]
+        # Paths have a mixture as prior, and no choice.
+        sizes += ["n_components"] * (arguments.get("density", "mixture") == "mixture")
     shapes = [tuple(value.shape) for value in weights.values() if torch.is_tensor(value)]
     largest = max(len(shapes), *(n for shape in shapes for n in shape), 0)
     for name in sizes:

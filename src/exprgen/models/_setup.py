@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 from scvi.data import AnnDataManager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 __all__ = ["SetupMixin"]
+
+logger = logging.getLogger("exprgen")
 
 _SCVI_WORDS = {
     "labels_key": "categorical_condition_keys",
@@ -62,7 +65,8 @@ class SetupMixin(ModelCore):
         adata
             Cells × genes; not a view.
         layer
-            Layer to model; ``None`` is ``adata.X``.
+            Layer to model; ``None`` is ``adata.X``. Flow and diffusion models take continuous
+            values as well as counts: where most values that are not 0 have fractions.
         batch_key
             Column of obs that is *nuisance*: it reaches the decoder and the depth, never the
             latent representation.
@@ -164,19 +168,24 @@ class SetupMixin(ModelCore):
         roles = own_names(said["setup_args"])
         layer, size_factor_key = roles["layer"], roles["size_factor_key"]
         _arguments.check_bool(roles["allow_non_integer"], "allow_non_integer")
-        if size_factor_key is not None and not cls.needs_counts:
-            raise SetupError(
-                f"size_factor_key={size_factor_key!r} is for models of counts; {cls.__name__} "
-                "models values that are normalised for depth. Leave it out."
-            )
+        source = kwargs.get("source_registry")
+        state = source and source["field_registries"][CONDITIONS_KEY]["state_registry"]
+        needs_counts: bool | None = cls.needs_counts
+        if cls.takes_continuous:
+            needs_counts = state["data_kind"] == "counts" if state else None
+            if roles["allow_non_integer"]:
+                needs_counts = True
         summary = _validate.check_setup_data(
             adata,
             layer,
-            needs_counts=cls.needs_counts,
+            needs_counts=needs_counts,
             allow_non_integer=roles["allow_non_integer"],
         )
-        source = kwargs.get("source_registry")
-        if source is None:
+        if needs_counts is None:
+            needs_counts = not summary.is_fractional
+        if not needs_counts:
+            cls._check_continuous_roles(roles)
+        if state is None:
             schema = ConditionSchema.fit(
                 adata.obs,
                 categorical=roles["categorical_condition_keys"],
@@ -186,16 +195,38 @@ class SetupMixin(ModelCore):
                 embedding=_validate.embedding_of(adata, roles["condition_embedding_key"]),
             )
         else:
-            state = source["field_registries"][CONDITIONS_KEY]["state_registry"]
             schema = ConditionSchema.from_dict(state["schema"])
         library_of(adata, size_factor_key, summary.row_totals)
-        extra = {"data_kind": "counts" if cls.needs_counts else "continuous"}
+        extra = {"data_kind": "counts" if needs_counts else "continuous"}
         manager = (AnnDataManager if data is adata else ModalityManager)(
             fields=[expression_field(layer), ConditionField(schema, size_factor_key, extra)],
             setup_method_args=said,
         )
         manager.register_fields(data, **kwargs)
         cls.register_manager(manager)
+
+    @classmethod
+    def _check_continuous_roles(cls, roles: dict[str, Any]) -> None:
+        """Refuse roles that need counts or, in gene space, a decoder."""
+        if (key := roles["size_factor_key"]) is not None:
+            raise SetupError(
+                f"size_factor_key={key!r} is for models of counts; {cls.__name__} models values "
+                "that are normalised for depth. Leave it out."
+            )
+        if not cls.takes_continuous:
+            return
+        logger.info(
+            "The values are no counts: %s models them in gene space. Where counts are at hand, "
+            "give these.",
+            cls.__name__,
+        )
+        for name in ("batch_key", "donor_key"):
+            if (key := roles[name]) is not None:
+                raise SetupError(
+                    f"{name}={key!r}: batches and donors act in a decoder, and {cls.__name__} has "
+                    "none for continuous values. Give the column in categorical_condition_keys, "
+                    "give counts, or use exprgen.CondVAE."
+                )
 
     @classmethod
     def _check_setup_words(cls, kwargs: dict[str, Any], method: str) -> None:

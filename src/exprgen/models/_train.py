@@ -41,6 +41,8 @@ from exprgen.train import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch import Tensor
+
     from exprgen.spaces import Space
     from exprgen.train import StagePlan
 
@@ -94,7 +96,9 @@ class TrainMixin(ModelCore):
 
         Flow and diffusion models are trained in two stages, on one split: an autoencoder, with a
         mixture as its prior, and then the density, on what the encoder made of the cells. The
-        first six arguments that follow are about the autoencoder and the split.
+        first six arguments that follow are about the autoencoder and the split. In gene space,
+        where flow and diffusion models have continuous values, there is no autoencoder: its
+        arguments are refused, and the one stage that is left takes ``density_kwargs``.
 
         Parameters
         ----------
@@ -122,7 +126,7 @@ class TrainMixin(ModelCore):
             Arguments of :class:`~exprgen.train.GenerativeTrainingPlan`, e.g. ``{"lr": 1e-3}``.
         density_kwargs
             Of the second stage, where there is one: ``"max_epochs"`` (by default what 1,000 steps
-            take), ``"batch_size"`` (256), and arguments of
+            take, 400 in gene space), ``"batch_size"`` (256), and arguments of
             :class:`~exprgen.train.DensityTrainingPlan`.
         trainer_kwargs
             Arguments of :class:`scvi.train.Trainer`, of every stage.
@@ -147,20 +151,25 @@ class TrainMixin(ModelCore):
         _arguments.check_bool(early_stopping, "early_stopping")
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
-        if self._autoencoder_split is not None:
+        taken_over = self._autoencoder_split is not None
+        if taken_over or not self.module.space.is_learned:
             given = {
                 "max_epochs": max_epochs is not None,
                 "batch_size": batch_size is not None,
-                "train_size": train_size != 0.9,
-                "validation_size": validation_size is not None,
-                "split_key": split_key is not None,
+                "train_size": taken_over and train_size != 0.9,
+                "validation_size": taken_over and validation_size is not None,
+                "split_key": taken_over and split_key is not None,
                 "early_stopping_patience": early_stopping_patience is not None,
                 "plan_kwargs": bool(plan_kwargs),
             }
             if useless := [name for name, is_given in given.items() if is_given]:
+                why = (
+                    "the autoencoder of this model was taken over trained, with its split"
+                    if taken_over
+                    else "a model of continuous values in gene space has no autoencoder"
+                )
                 raise ValueError(
-                    f"{', '.join(useless)}: the autoencoder of this model was taken over trained, "
-                    "with its split. What is left to train takes density_kwargs."
+                    f"{', '.join(useless)}: {why}. What is left to train takes density_kwargs."
                 )
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = _checked_trainer(trainer_kwargs)
@@ -193,7 +202,8 @@ class TrainMixin(ModelCore):
             if not module.initialized:
                 module.space.initialize(_moments(dataset, train_idx, module.space))
                 module.initialized.fill_(True)
-            if self._autoencoder_split is None:
+            has_autoencoder = self._autoencoder_split is None and module.space.is_learned
+            if has_autoencoder:
                 self._run_stage(
                     GenerativeTrainingPlan(
                         module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
@@ -205,9 +215,9 @@ class TrainMixin(ModelCore):
                     finish=finish,
                     **runner_kwargs,
                 )
-            if module.prior is not None:
+            if module.has_density_stage:
                 first = {}
-                if self._autoencoder_split is None:
+                if has_autoencoder:
                     # What density there is belongs to the space as it was before.
                     first, self.is_trained_ = self.history_ or {}, False
                 self._train_density(
@@ -238,7 +248,7 @@ class TrainMixin(ModelCore):
 
         ``finish`` is called if it is stopped and the model can be used all the same.
         """
-        several = self.module.prior is not None
+        several = self.module.has_density_stage
         before = self.history_, self.is_trained_
         if several:
             # The runner would join the stages' histories key by key, and drop what is not in both.
@@ -280,11 +290,13 @@ class TrainMixin(ModelCore):
     ) -> None:
         """The second stage: the density, on what the encoder made of the cells."""
         batch_size = density_kwargs.pop("batch_size", 256)
-        default = default_density_epochs(len(train_idx), batch_size)
+        in_genes = not self.module.space.is_learned
+        default = default_density_epochs(len(train_idx), batch_size, in_genes)
         max_epochs = density_kwargs.pop("max_epochs", default)
         mean, sd = encoded.mean[train_idx], encoded.sd[train_idx]
         plan = DensityTrainingPlan(self.module, seed=self.seed_, **density_kwargs)
-        plan.density.standardise((mean + sd * torch.randn_like(sd)).to(self._device))
+        if not in_genes:  # normal scores are standard as they are
+            plan.density.standardise(self.module.space.draw(mean, sd).to(self._device))
         validate_every = math.ceil(max_epochs / _N_VALIDATIONS)
         self._run_stage(
             plan,
@@ -297,7 +309,7 @@ class TrainMixin(ModelCore):
 
     def _checked_density(self, kwargs: dict[str, Any] | None) -> dict[str, Any]:
         """Refuse what the second stage cannot be trained with, or any if there is none."""
-        if self.module.prior is None:
+        if not self.module.has_density_stage:
             if kwargs:
                 raise TypeError(
                     f"density_kwargs is for models with a second stage; {type(self).__name__} is "
@@ -440,4 +452,11 @@ def _moments(
         library_x += library[part] @ counts
         inputs_x += inputs[part].double().T @ counts
     donors = space.features.donor(conditions)
-    return DataMoments(library, inputs, donors, inputs_x, x, x_square, library_x, minimum)
+    sums = inputs_x, x, x_square, library_x, minimum
+    return DataMoments(library, inputs, donors, *sums, values=partial(_values, dataset, rows))
+
+
+def _values(dataset: CellDataset, rows: np.ndarray, at_most: int = 10_000) -> Tensor:
+    """Values of training cells, ``(n, n_vars)``; of many cells, of some at random."""
+    chosen = torch.randperm(len(rows))[:at_most].sort().values.numpy()
+    return dataset[rows[chosen]]["x"]

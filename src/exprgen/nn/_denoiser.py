@@ -47,6 +47,8 @@ class Denoiser(nn.Module):
         Further numbers that are always seen, such as the depth.
     n_hidden, n_layers, dropout
         Width and number of the residual blocks, and dropout inside them.
+    n_outputs
+        Numbers that are predicted, where these are not the dimensions of y.
     """
 
     _owner: Tensor
@@ -61,6 +63,7 @@ class Denoiser(nn.Module):
         n_hidden: int = 256,
         n_layers: int = 3,
         dropout: float = 0.0,
+        n_outputs: int | None = None,
     ) -> None:
         super().__init__()
         self.n_dims = n_dims
@@ -75,7 +78,7 @@ class Denoiser(nn.Module):
         self.tokens = nn.Parameter(torch.randn(sum(blocks), _N_EMBEDDING) * _TOKEN_SCALE)
         self.null = nn.Parameter(torch.randn(len(blocks), _N_EMBEDDING) * _TOKEN_SCALE)
         self.layers = nn.ModuleList(_Block(n_hidden, dropout) for _ in range(n_layers))
-        self.output = nn.Linear(n_hidden, n_dims)
+        self.output = nn.Linear(n_hidden, n_dims if n_outputs is None else n_outputs)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         self.register_buffer("_owner", owners(blocks), persistent=False)
@@ -114,7 +117,7 @@ class Denoiser(nn.Module):
 
         Returns
         -------
-        The prediction, ``(n_obs, n_dims)``.
+        The prediction, ``(n_obs, n_dims)``, or ``(n_obs, n_outputs)``.
         """
         context = nn.functional.silu(self._context(place, features, keep))
         h = self.input(y if given is None else torch.cat([y, given], dim=1))

@@ -4,6 +4,7 @@ from exprgen.solvers._ode import Trace, ode, ode_log_prob
 from exprgen.solvers._steps import (
     Field,
     ancestral,
+    arc,
     ddim,
     ddpm,
     euler,
@@ -19,6 +20,7 @@ __all__ = [
     "Solver",
     "Trace",
     "ancestral",
+    "arc",
     "ddim",
     "ddpm",
     "euler",

@@ -19,16 +19,28 @@ The same laws are those of stochastic equations :cite:p:`song2021`, in our direc
 u being the velocity and s the score: the noise drives points apart and the score, with a plus,
 takes them back to where they are likely. The last step of all stochastic solvers adds no noise.
 
+Many dimensions that are nearly standard normal call for another step. Divided by their standard
+deviation :math:`n = \sqrt{\alpha^2 + \sigma^2}`, points of such data stand still, and all that
+moves them is what the law has besides; in the angle :math:`\theta = \arctan(\alpha / \sigma)`,
+
+.. math::
+    \frac{d}{d\theta} \frac{y}{n} =
+    \frac{\sigma \hat y - \alpha \hat\varepsilon}{n}.
+
+Solvers that hold :math:`\hat y` and :math:`\hat\varepsilon` in a step change their scale a bit.
+
 All have the arguments of :func:`euler`; their noise comes from a CPU generator.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from exprgen._arguments import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Field",
     "ancestral",
+    "arc",
     "ddim",
     "ddpm",
     "euler",
@@ -116,6 +129,49 @@ def heun(
             moved = _move(y, both, start, end)
         y = moved
     return y
+
+
+def arc(
+    field: Field,
+    y: Tensor,
+    n_steps: int,
+    generator: torch.Generator | None = None,
+    *,
+    to: Literal["data", "noise"] = "data",
+) -> Tensor:
+    """Heun's method in the angle: standard normal data are drawn exactly by any steps.
+
+    The last step is Euler's, as in :func:`heun`.
+
+    Parameters
+    ----------
+    field, y, n_steps, generator
+        See :func:`euler`; nothing is random.
+    to
+        Where to: from data to noise the same way back.
+
+    Returns
+    -------
+    Points at the other end, ``(n_obs, n_dims)``.
+    """
+
+    def turn(point: Tensor, t: Tensor) -> Tensor:
+        at = field.schedule(t)
+        expected = field.predict(point * at.norm.to(point), t)
+        return (at.sigma * expected.data - at.alpha * expected.noise) / at.norm
+
+    times = field.schedule.times(n_steps)
+    if check_choice(to, "to", ("data", "noise")) == "noise":
+        times = times.flip(0)
+    along = field.schedule(times)
+    angles, norms = torch.atan2(along.alpha, along.sigma), along.norm
+    point = y / norms[0].to(y)
+    for i in range(n_steps):
+        by, slope = angles[i + 1] - angles[i], turn(point, times[i])
+        if i < n_steps - 1:
+            slope = (slope + turn(point + by * slope, times[i + 1])) / 2
+        point = point + by * slope
+    return point * norms[-1].to(y)
 
 
 def _euler_maruyama_step(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from exprgen._arguments import check_choice
 from exprgen.solvers._ode import ode
 from exprgen.solvers._steps import (
+    arc,
     ddim,
     ddpm,
     euler,
@@ -44,6 +45,7 @@ SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(ddpm, 1, stochastic=True),
     "predictor_corrector": Solver(predictor_corrector, 2, stochastic=True),
     "ode": Solver(ode, None),
+    "arc": Solver(arc, 2),
 }
 
 

@@ -1,23 +1,26 @@
-"""What spaces with an encoder and a decoder share, whatever is measured."""
+"""The contract of a space, and what spaces with an encoder and a decoder share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from exprgen.densities._base import gaussian_entropy
 from exprgen.nn import ConditionFeatures, Decoder, Encoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from exprgen._conditions import ConditionLayout
     from exprgen.likelihoods import Likelihood
     from exprgen.spaces._depth import Depth
     from exprgen.spaces._donor import DonorEffect
 
-__all__ = ["DataMoments", "Decoded", "Space"]
+__all__ = ["Autoencoder", "DataMoments", "Decoded", "Space"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class DataMoments:
     ``library`` ``(n_obs,)`` and ``inputs`` ``(n_obs, n_inputs)``, what the decoder reads besides
     z, and ``donors``, codes ``(n_obs,)``, are per cell; ``x``, ``x_square`` and ``library_x``
     ``(n_vars,)`` are Σx, Σx² and Σ library·x, ``inputs_x`` ``(n_inputs, n_vars)`` is Σ inputs·x;
-    ``minimum`` ``(n_vars,)`` is each gene's least value.
+    ``minimum`` ``(n_vars,)`` is each gene's least value. ``values()`` reads cells themselves,
+    ``(n, n_vars)``, all or as many as are enough, drawn at random.
     """
 
     library: Tensor
@@ -38,6 +42,7 @@ class DataMoments:
     x_square: Tensor
     library_x: Tensor
     minimum: Tensor
+    values: Callable[[], Tensor] | None = None
 
 
 class Decoded(NamedTuple):
@@ -55,7 +60,7 @@ class Decoded(NamedTuple):
 
 
 class Space(nn.Module, ABC):
-    """Encoder, decoder and likelihood around y, whose first ``n_latent`` coordinates are z.
+    """How expression and y, whose first ``n_latent`` coordinates are z, correspond.
 
     Parameters
     ----------
@@ -63,18 +68,18 @@ class Space(nn.Module, ABC):
         Number of genes.
     layout
         Columns of the encoded conditions.
-    likelihood
-        p(x | location, extra).
     n_latent
         Dimensions of z.
-    n_hidden, n_layers, dropout
-        Shape of encoder and decoder.
-    n_corrections
-        See :class:`~exprgen.nn.Encoder`.
     """
+
+    is_learned: ClassVar[bool] = True
+    """Whether there is an autoencoder to train."""
 
     n_dims: int
     """Dimensions of y."""
+
+    likelihood: Likelihood
+    """p(x | location, extra)."""
 
     depth: Depth | None
     """The last coordinate of y where depth is part of the space."""
@@ -82,30 +87,12 @@ class Space(nn.Module, ABC):
     donors: DonorEffect | None
     """Donors' random effects where a donor is registered."""
 
-    def __init__(
-        self,
-        n_vars: int,
-        layout: ConditionLayout,
-        likelihood: Likelihood,
-        *,
-        n_latent: int,
-        n_hidden: int,
-        n_layers: int,
-        dropout: float,
-        n_corrections: int = 0,
-    ) -> None:
+    def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
         super().__init__()
         self.n_vars = n_vars
         self.n_latent = n_latent
         self.features = ConditionFeatures(layout)
-        n_features = self.features.n_features
-        self.n_inputs = n_features + layout.n_batch
-        shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
-        self.encoder = Encoder(n_vars, n_features, n_latent, n_corrections=n_corrections, **shape)
-        self.decoder = Decoder(
-            n_latent, self.n_inputs, n_vars, n_heads=likelihood.n_heads, **shape
-        )
-        self.likelihood = likelihood
+        self.n_inputs = self.features.n_features + layout.n_batch
 
     @abstractmethod
     def initialize(self, moments: DataMoments) -> None:
@@ -125,15 +112,26 @@ class Space(nn.Module, ABC):
             Totals of the counts, or the size factors, ``(n_obs,)``; not used without depth.
         """
 
-    def decode(self, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Decoded:
-        """What the likelihood reads, given y; ``effect`` ``(n_obs, n_vars)`` is the donors'."""
-        return self.decode_at(y[:, : self.n_latent], self.log_depth(y, c), c, effect)
+    @abstractmethod
+    def draw(self, mean: Tensor, sd: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw y from q(y | x, c) of these moments, ``(n_obs, n_dims)``."""
 
     @abstractmethod
-    def decode_at(
-        self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
-    ) -> Decoded:
-        """What the likelihood reads, given z and the log depth ``(n_obs,)``, if there is one."""
+    def log_posterior(self, y: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+        """Log q(y | x, c), ``(n_obs,)``, nats, float64; coordinates with sd 0 are data."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Tensor:
+        """Log p(x | y, c), ``(n_obs,)``, nats, float64."""
+
+    @abstractmethod
+    def decode(self, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Decoded:
+        """What the likelihood reads, given y; ``effect`` ``(n_obs, n_vars)`` is the donors'."""
+
+    def represent(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of q(z | x, c), both ``(n_obs, n_latent)``."""
+        mean, sd = self.encode(x, c, library)
+        return mean[:, : self.n_latent], sd[:, : self.n_latent]
 
     def at_depth(self, decoded: Decoded, log_depth: Tensor) -> Decoded:
         """The same at a depth that holds whatever a donor's effect is; without depth, as it is."""
@@ -161,11 +159,72 @@ class Space(nn.Module, ABC):
         """Posterior mean of the cells' donors' effects, ``(n_obs, n_vars)``; 0 if unknown."""
         return None if self.donors is None else self.donors.known(self.features.donor(c))
 
+    def inputs(self, c: Tensor) -> Tensor:
+        """Conditions and batch, ``(n_obs, n_inputs)``: what a decoder reads besides z."""
+        return torch.cat([self.features.conditions(c), self.features.batch(c)], dim=1)
+
+
+class Autoencoder(Space):
+    """Encoder, decoder and likelihood; q(y | x, c) is a diagonal Gaussian.
+
+    Parameters
+    ----------
+    n_vars, layout, n_latent
+        See :class:`Space`.
+    likelihood
+        p(x | location, extra).
+    n_hidden, n_layers, dropout
+        Shape of encoder and decoder.
+    n_corrections
+        See :class:`~exprgen.nn.Encoder`.
+    """
+
+    def __init__(
+        self,
+        n_vars: int,
+        layout: ConditionLayout,
+        likelihood: Likelihood,
+        *,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout: float,
+        n_corrections: int = 0,
+    ) -> None:
+        super().__init__(n_vars, layout, n_latent=n_latent)
+        n_features = self.features.n_features
+        shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
+        self.encoder = Encoder(n_vars, n_features, n_latent, n_corrections=n_corrections, **shape)
+        self.decoder = Decoder(
+            n_latent, self.n_inputs, n_vars, n_heads=likelihood.n_heads, **shape
+        )
+        self.likelihood = likelihood
+
+    def draw(self, mean: Tensor, sd: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw y from a Gaussian, ``(n_obs, n_dims)``."""
+        return mean + sd * torch.randn(mean.shape, generator=generator).to(mean)
+
+    def log_posterior(self, y: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+        """Log-density of the Gaussian, ``(n_obs,)``, nats, float64."""
+        inferred = sd > 0
+        white = (y - mean).double() / torch.where(inferred, sd, torch.ones_like(sd)).double()
+        return 0.5 * (inferred * (1 - white.square())).sum(-1) - gaussian_entropy(sd)
+
+    def log_prob(self, x: Tensor, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Tensor:
+        """The likelihood of the decoded y, ``(n_obs,)``, nats, float64."""
+        return self.likelihood.log_prob(x.double(), *self.decode(y, c, effect).double())
+
+    def decode(self, y: Tensor, c: Tensor, effect: Tensor | None = None) -> Decoded:
+        """What the likelihood reads, given y; ``effect`` ``(n_obs, n_vars)`` is the donors'."""
+        return self.decode_at(y[:, : self.n_latent], self.log_depth(y, c), c, effect)
+
+    @abstractmethod
+    def decode_at(
+        self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
+    ) -> Decoded:
+        """What the likelihood reads, given z and the log depth ``(n_obs,)``, if there is one."""
+
     def prior_cost(self, kl_weight: float) -> Tensor:
         """What the training set pays once, nats: for weights, and effects that have a prior."""
         cost = self.encoder.cost() + self.decoder.cost()
         return cost if self.donors is None else cost + kl_weight * self.donors.kl()
-
-    def inputs(self, c: Tensor) -> Tensor:
-        """Conditions and batch, ``(n_obs, n_inputs)``: what the decoder reads besides z."""
-        return torch.cat([self.features.conditions(c), self.features.batch(c)], dim=1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from exprgen.likelihoods import Start
-from exprgen.spaces._base import DataMoments, Decoded, Space
+from exprgen.spaces._base import Autoencoder, DataMoments, Decoded
 from exprgen.spaces._donor import AdditiveDonorEffect
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _LARGEST_INPUT = 10.0
 _BELOW = 4.0
 
 
-class ContinuousLatentSpace(Space):
+class ContinuousLatentSpace(Autoencoder):
     """Encoder, decoder and likelihood of continuous values around y = z.
 
     Parameters

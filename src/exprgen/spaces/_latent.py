@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from exprgen.likelihoods import Start
-from exprgen.spaces._base import DataMoments, Decoded, Space
+from exprgen.spaces._base import Autoencoder, DataMoments, Decoded
 from exprgen.spaces._depth import Depth
 from exprgen.spaces._donor import DonorEffect
 from exprgen.spaces._effects import label_effects
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["LatentSpace"]
 
 
-class LatentSpace(Space):
+class LatentSpace(Autoencoder):
     """Encoder, decoder and likelihood of counts around y = [z, standardised log depth].
 
     Parameters

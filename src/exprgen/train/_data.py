@@ -28,6 +28,8 @@ __all__ = [
 # Fewer teach the mean of every label, but not how genes vary together within it.
 _N_STEPS = 750
 _N_DENSITY_STEPS = 1000
+# Effects on single genes overfit sooner.
+_N_GENE_STEPS = 400
 
 
 def default_batch_size(n_train: int) -> int:
@@ -47,9 +49,10 @@ def default_max_epochs(n_train: int) -> int:
     return max(math.ceil(_N_STEPS / n_batches), 40 + round(15 * math.log10(n_train / 10_000)))
 
 
-def default_density_epochs(n_train: int, batch_size: int) -> int:
-    """As many as 1,000 steps take, or two where that is less."""
-    return max(2, math.ceil(_N_DENSITY_STEPS / math.ceil(n_train / batch_size)))
+def default_density_epochs(n_train: int, batch_size: int, in_genes: bool = False) -> int:
+    """As many as 1,000 steps take, in gene space 400, or two where that is less."""
+    n_steps = _N_GENE_STEPS if in_genes else _N_DENSITY_STEPS
+    return max(2, math.ceil(n_steps / math.ceil(n_train / batch_size)))
 
 
 class CellDataset(Dataset):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from exprgen.densities import Path
     from exprgen.module import ExpressionModule
+    from exprgen.spaces import Autoencoder
 
 __all__ = ["DensityTrainingPlan", "GenerativeTrainingPlan", "StagePlan", "check_plan"]
 
@@ -285,7 +286,7 @@ class GenerativeTrainingPlan(StagePlan):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Rates by role; decay for the networks."""
-        space, module = self.module.space, self.module
+        module, space = self.module, cast("Autoencoder", self.module.space)
         factors = {
             module.autoencoder_prior: self.density_lr_factor,
             space.likelihood: self.dispersion_lr_factor,
@@ -316,6 +317,8 @@ class DensityTrainingPlan(StagePlan):
         Largest learning rate, and the fraction of the steps over which it grows.
     weight_decay
         AdamW's, on weight matrices.
+    offset_lr_factor
+        Rate of effects of conditions on genes, where the density has such, as multiple of ``lr``.
     ema_decay
         What a step leaves of the average of the weights; 0 keeps the last weights.
     seed
@@ -338,12 +341,15 @@ class DensityTrainingPlan(StagePlan):
         lr: float = 2e-3,
         weight_decay: float = 1e-4,
         lr_warmup: float = 0.1,
+        offset_lr_factor: float = 5.0,
         ema_decay: float = 0.995,
         seed: int = 0,
     ) -> None:
         numbers = {"lr": lr, "weight_decay": weight_decay, "lr_warmup": lr_warmup}
-        check_plan("density_kwargs", ema_decay=ema_decay, **numbers)
+        others = {"offset_lr_factor": offset_lr_factor, "ema_decay": ema_decay}
+        check_plan("density_kwargs", **others, **numbers)
         super().__init__(module, **numbers, seed=seed)
+        self.offset_lr_factor = offset_lr_factor
         self.ema_decay = ema_decay
         self.n_averaged = 0
         trained = [p for p in module.density.parameters() if p.requires_grad]
@@ -354,7 +360,7 @@ class DensityTrainingPlan(StagePlan):
     ) -> tuple[Tensor, list[Tensor]]:
         """The density's own loss at one draw of each cell's latent state."""
         mean, sd = batch["mean"], batch["sd"]
-        y = mean + sd * torch.randn(mean.shape, generator=noise).to(mean)
+        y = self.module.space.draw(mean, sd, noise)
         losses = self.density.loss(y, batch["features"], noise)
         return losses.mean(), [losses.sum()]
 
@@ -388,8 +394,14 @@ class DensityTrainingPlan(StagePlan):
             average.copy_(kept)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The density's network, with decay of its matrices."""
-        return _networks(self.module.density.named_parameters())
+        """The density's network, with decay of its matrices; effects at a rate of their own."""
+        named = dict(self.module.density.named_parameters())
+        offsets = [named.pop(name) for name in list(named) if name.endswith(".offset")]
+        groups = _networks(named.items())
+        if offsets:
+            rate = self.lr * self.offset_lr_factor
+            groups.append({"params": offsets, "lr": rate, "weight_decay": 0.0})
+        return groups
 
 
 def _networks(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
