@@ -27,9 +27,9 @@ def hidden_stack(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.
     return nn.Sequential(*layers)
 
 
-def _normal_cost(layer: nn.Linear) -> Tensor:
+def _normal_cost(weight: Tensor) -> Tensor:
     """Negative log-prior of weights with variance 1 / n_in, up to a constant, nats."""
-    return 0.5 * layer.in_features * layer.weight.square().sum()
+    return 0.5 * weight.shape[1] * weight.square().sum()
 
 
 class Encoder(nn.Module):
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
 
     def cost(self) -> Tensor:
         """Negative log-prior of the weights that read the genes, nats; paid once."""
-        return _normal_cost(self.hidden[0])
+        return _normal_cost(self.hidden.get_parameter("0.weight"))
 
 
 class Offset(nn.Linear):
@@ -146,4 +146,4 @@ class Decoder(nn.Module):
 
     def cost(self) -> Tensor:
         """Negative log-prior of effects and of the weights that write the genes; paid once."""
-        return self.offset.cost() + _normal_cost(self.output)
+        return self.offset.cost() + _normal_cost(self.output.weight)
