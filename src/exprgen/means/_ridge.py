@@ -138,7 +138,8 @@ class RidgeMean(Mean):
             "kind": self.name,
             "encoding": self._encoding.to_dict(),
             "coefficients": self._coefficients,
-            "penalty": self.chosen_penalty,
+            "penalty": self.penalty,
+            "chosen_penalty": self.chosen_penalty,
         }
 
     @classmethod
@@ -146,7 +147,7 @@ class RidgeMean(Mean):
         """Undo :meth:`state`."""
         encoding = Encoding.from_dict(state["encoding"])
         mean = cls(state["penalty"], categorical_keys=encoding.schema.categorical_keys)
-        mean._encoding, mean.chosen_penalty = encoding, state["penalty"]
+        mean._encoding, mean.chosen_penalty = encoding, state["chosen_penalty"]
         mean._coefficients = np.array(state["coefficients"])
         return mean
 
