@@ -105,12 +105,14 @@ def test_ridge_leaves_out_rows_and_groups_exactly(rows, penalty, grouped, weight
     ridge = RidgeMean(penalty)
     found = ridge.out_of_sample(table, y, groups, weights=weights)
     ridge.fit(table, y, weights, groups=groups)
-    x, w = Encoding.fit(table)(table), np.ones(N) if weights is None else weights
+    x, w = Encoding.fit(table)(table), np.ones(N) if weights is None else weights / weights.mean()
     for out in left_out(groups):
         refitted = refit_ridge(x[~out], y[~out], w[~out], ridge.chosen_penalty)
         np.testing.assert_allclose(found[out], refitted(x[out]), rtol=0, atol=1e-8)
     everything = refit_ridge(x, y, w, ridge.chosen_penalty)
     np.testing.assert_allclose(ridge.predict(table), everything(x), rtol=0, atol=1e-8)
+    scaled = ridge.fit(table, y, w * 1e12, groups=groups).predict(table)
+    np.testing.assert_allclose(scaled, everything(x), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("weighted", ["none", "some"])
@@ -239,6 +241,12 @@ class Remembering(RegressorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         return np.tile(self.mean_, (len(X), 1))
+
+
+class Bare:
+    """Has fit and predict, and nothing that a clone could be made from."""
+
+    fit = predict = None
 
 
 @pytest.fixture
@@ -551,6 +559,7 @@ def test_what_may_stand_for_a_mean(mean, kind):
         ("gm", {}, KeyError, "Did you mean 'gem'"),
         (Ridge, {}, TypeError, r"not a class. Did you mean Ridge\(\)"),
         (LogisticRegression(), {}, TypeError, "LogisticRegression is a classifier"),
+        (Bare(), {}, TypeError, "Bare cannot be cloned.*BaseEstimator"),
         ("ridge", {"out_of_sample": "gem"}, ValueError, "mean='ridge' makes its own"),
         (Ridge(), {"out_of_sample": "gem"}, ValueError, "this one is not.*cross-fitted"),
         (RidgeMean(), {"out_of_sample": "gem"}, ValueError, "with the predictor itself"),

@@ -22,7 +22,7 @@ names.
 from exprgen.means._as_mean import as_mean, from_state
 from exprgen.means._base import Mean
 from exprgen.means._encoding import Encoding
-from exprgen.means._fixed import CallableMean, PrecomputedMean, TorchMean
+from exprgen.means._fixed import CallableMean, FixedMean, PrecomputedMean, TorchMean
 from exprgen.means._groups import GroupMeans
 from exprgen.means._ridge import RidgeMean
 from exprgen.means._sklearn import SklearnMean
@@ -30,6 +30,7 @@ from exprgen.means._sklearn import SklearnMean
 __all__ = [
     "CallableMean",
     "Encoding",
+    "FixedMean",
     "GroupMeans",
     "Mean",
     "PrecomputedMean",

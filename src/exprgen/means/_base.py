@@ -43,7 +43,8 @@ class Mean(ABC):
         y
             Expression, ``(n_obs, n_vars)``, finite.
         weights
-            What each row counts for, ``(n_obs,)``, from 0 up; ``None`` for 1 each.
+            What each row counts for, relative to others, ``(n_obs,)``, from 0 up; ``None`` for
+            the same each.
         groups
             As in :meth:`out_of_sample`: what is chosen by leaving out, a penalty say, is chosen
             for rows of new groups.

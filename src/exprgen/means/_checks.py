@@ -16,7 +16,7 @@ __all__ = ["check_groups", "check_training", "check_values", "fold_numbers", "re
 def check_training(
     table: Any, y: Any, weights: Any = None
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """Return the table, ``y`` and the weights (1 each if None), the latter two as float64.
+    """Return the table, ``y`` and weights that are 1 on average, the latter two as float64.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def check_training(
     mass = mass.astype(np.float64)
     if not (np.isfinite(mass).all() and (mass >= 0).all() and mass.any()):
         raise ValueError("weights must be finite numbers from 0 up, and not all 0.")
-    return table, expression, mass
+    return table, expression, mass / mass.mean()
 
 
 def check_table(table: Any) -> None:

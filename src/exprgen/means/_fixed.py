@@ -28,7 +28,7 @@ OutOfSample: TypeAlias = "ArrayLike | str | None"
 
 
 class FixedMean(Mean):
-    """A predictor that is never refitted.
+    """The contract of a predictor that comes fitted, and is never refitted.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 r"""Ridge regression on encoded conditions, and its exact leave-one-out predictions.
 
 With rows :math:`z_i = [1, x_i]` of the encoded conditions (:class:`~exprgen.means.Encoding`),
-weights :math:`w_i`, and a penalty :math:`\lambda` on all coefficients but the intercept
-:cite:p:`hoerl1970`,
+weights :math:`w_i` that are 1 on average, and a penalty :math:`\lambda` on all coefficients but the
+intercept :cite:p:`hoerl1970`,
 
 .. math::
     C = S^{-1} Z^\top W Y, \qquad S = Z^\top W Z + \lambda\,\mathrm{diag}(0, 1, …, 1).
@@ -16,7 +16,7 @@ and that of a group u of rows, one donor say, from its block of the hat matrix,
 :math:`(I - H_{uu})^{-1} (Y_u - Z_u C)`. By Woodbury's identity this is
 :math:`Y_u - Z_u C_{-u}` with :math:`C_{-u} = (S - Z_u^\top W_u Z_u)^{-1}(Z^\top W Y - Z_u^\top W_u
 Y_u)`: matrices of the size of the conditions, however many cells a donor has. Both are exact for
-a fixed encoding and penalty.
+fixed weights, encoding and penalty.
 
 An indicator of n cells keeps the share :math:`n/(n + \lambda)` of its label's deviation: the
 penalty is a number of cells. One for all genes, it is chosen on a grid by the sum of squares of
@@ -47,7 +47,10 @@ GRID = tuple(10.0 ** (k / 2) for k in range(8, -5, -1))
 
 
 class RidgeMean(Mean):
-    """Ridge regression of expression on indicators of labels and standardised numbers.
+    """Ridge regression :cite:p:`hoerl1970` on indicators of labels and standardised numbers.
+
+    A label of n cells keeps the share n/(n + penalty) of its deviation, roughly: the penalty is a
+    number of cells. Out-of-sample predictions are exact, from leverages :cite:p:`allen1974`.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ class SklearnMean(Mean):
     categorical_keys
         Columns that are labels when they are encoded; ``None`` for all that do not hold numbers.
     out_of_sample
-        For a fitted regressor, as in :class:`~exprgen.means.CallableMean`.
+        For a fitted regressor, as in :class:`~exprgen.means.FixedMean`.
 
     Raises
     ------
