@@ -1,8 +1,8 @@
 r"""Ridge regression on encoded conditions, and its exact leave-one-out predictions.
 
 With rows :math:`z_i = [1, x_i]` of the encoded conditions (:class:`~exprgen.means.Encoding`),
-weights :math:`w_i` that are 1 on average, and a penalty :math:`\lambda` on all coefficients but the
-intercept :cite:p:`hoerl1970`,
+weights :math:`w_i` that are 1 on average, and a penalty :math:`\lambda` on all coefficients but
+the intercept :cite:p:`hoerl1970`,
 
 .. math::
     C = S^{-1} Z^\top W Y, \qquad S = Z^\top W Z + \lambda\,\mathrm{diag}(0, 1, …, 1).
