@@ -654,7 +654,8 @@ def test_solvers_are_passed_on(flow, monkeypatch, verb):
         ({}, {"solver": "heun", "n_steps": 5}),
         ({"n_steps": 2}, {"solver": "heun", "n_steps": 2}),
         ({"solver": "ddpm", "n_steps": 3}, {"solver": "ddpm", "n_steps": 3}),
-        ({"solver": "euler"}, {"solver": "euler", "n_steps": 5}),
+        ({"solver": "euler"}, {"solver": "euler", "n_steps": 25}),
+        ({"solver": "heun"}, {"solver": "heun", "n_steps": 5}),
     ]:
         seen, _ = _options_seen(monkeypatch, flow, verb, **few, **options)
         assert seen == {**expected, "guidance": None}
@@ -711,11 +712,82 @@ def test_provenance_survives_a_file(flow, tmp_path):
 
 def test_without_conditions_there_is_nothing_to_weigh(tmp_path):
     model = _trained(ExprDiffusion, roles={"layer": "counts"})
-    cells = model.sample(n_obs=20, guidance=3.0, seed=0)
-    assert _same_cells(cells, model.sample(n_obs=20, seed=0))
+    cells = model.sample(n_obs=20, guidance=1.0, seed=0)
     assert "guidance" not in _written(cells, tmp_path / "cells.h5ad")
+    with refused(ValueError, "guidance=3.0", "none"):
+        model.sample(n_obs=20, guidance=3.0)
     with refused(KeyError, "'cell_type'", "no condition"):
         model.sample(guidance={"cell_type": 2.0})
+
+
+def test_tokens_that_were_never_trained_are_not_used():
+    model = _trained(condition_dropout=0.0)
+    assert model.sample({"cell_type": "type_0"}, 3, seed=0).n_obs == 3
+    with refused(ValueError, "guidance=2.0", "condition_dropout=0"):
+        model.sample({"cell_type": "type_0"}, 3, guidance=2.0)
+
+
+@parametrize("target", ["noise", "data", "score"])
+def test_a_target_with_a_pole_has_draws_and_no_likelihood(target):
+    model = _trained(ExprDiffusion, target=target)
+    assert np.isfinite(model.sample({"cell_type": "type_0"}, 3, seed=0).X.sum())
+    with refused(ValueError, f"target='{target}'", "velocity"):
+        model.log_likelihood(n_samples=1, progress_bar=False)
+
+
+def test_a_run_that_breaks_before_its_validation_has_diverged():
+    model = _untrained()
+    plan = {"max_epochs": 3, "lr": 1e30, "batch_size": 512}
+    with pytest.raises(TrainingDivergedError, match="density_kwargs"):
+        model.train(1, density_kwargs=plan, **QUIET)
+    assert not model.is_trained_
+
+
+@parametrize("stage", [GenerativeTrainingPlan, DensityTrainingPlan])
+def test_an_interrupt_is_an_interrupt(stage):
+    class Interrupt(Callback):
+        def on_train_epoch_end(self, trainer, plan):
+            if isinstance(plan, stage):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _untrained().train(
+            2,
+            density_kwargs={"max_epochs": 2},
+            trainer_kwargs={"callbacks": [Interrupt()]},
+            **QUIET,
+        )
+
+
+@parametrize("word", ["limit_val_batches", "limit_train_batches", "max_steps", "max_time"])
+def test_epochs_are_whole(word):
+    with refused(TypeError, f"trainer_kwargs['{word}']", "max_epochs"):
+        _untrained().train(1, trainer_kwargs={word: 1}, **QUIET)
+
+
+def test_an_autoencoder_taken_over_stays_what_it_is_through_a_file(tmp_path):
+    source = _autoencoder()
+    model = ExprFlow.from_autoencoder(source, density_hidden=8, density_layers=1)
+    model.train(density_kwargs={"max_epochs": 1}, **QUIET)
+    model.save(tmp_path / "model")
+    again = ExprFlow.load(tmp_path / "model", source.adata.copy(), accelerator="cpu")
+    before = _weights(again.module.space)
+    with refused(ValueError, "max_epochs", "taken over"):
+        again.train(1, **QUIET)
+    again.train(density_kwargs={"max_epochs": 1}, **QUIET)
+    assert _equal(before, _weights(again.module.space))
+    np.testing.assert_array_equal(again.train_indices_, model.train_indices_)
+    others = ExprFlow.load(tmp_path / "model", source.adata[:60].copy(), accelerator="cpu")
+    with refused(ValueError, "taken over", "from_autoencoder"):
+        others.train(**QUIET)
+
+
+@parametrize("size", ["density_hidden", "density_layers"])
+def test_sizes_of_the_network_are_positive(size):
+    adata = make_cells()
+    ExprFlow.setup_anndata(adata, **LABEL)
+    with refused(ValueError, size, "got 0"):
+        ExprFlow(adata, **{size: 0})
 
 
 def test_a_file_holds_both_stages(tmp_path):

@@ -6,6 +6,7 @@ argument, what was got and what is allowed.
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,10 @@ def check_number(value: object, name: str, interval: str = "[0, inf)") -> float:
             f"{name} must be a number in {interval}, got {value!r} ({type(value).__name__})."
         )
     low, high = map(float, interval[1:-1].split(","))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.nan
     inside = low < number < high
     inside |= (interval[0] == "[" and number == low) or (interval[-1] == "]" and number == high)
     if not inside:

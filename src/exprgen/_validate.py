@@ -232,6 +232,8 @@ def check_query_data(
             # Setup has warned of what these say.
             warnings.simplefilter("ignore", DataQualityWarning)
             _check_counts(adata, summary, where, layer, allow_non_integer)
+    elif summary.n_non_integer == 0:
+        _check_continuous(summary, where)
     return summary
 
 

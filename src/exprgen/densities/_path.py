@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Path"]
 
+# Targets whose velocity is finite at both ends of the path.
+_REGULAR = ("velocity", "v", "edm")
 _N_MEAN_DRAWS = 2048
 _N_EXACT_TRACE = 32
 _N_LIKELIHOOD_STEPS = 16
@@ -242,7 +244,18 @@ class Path(ConditionalDensity):
 
         Exact but for the solver's error up to 32 dimensions; beyond, an estimate with signs that
         are the same in every call.
+
+        Raises
+        ------
+        ValueError
+            If the target is not regular at both ends of the path.
         """
+        if self.target not in _REGULAR:
+            raise ValueError(
+                f"target={self.target!r} has no log-density that can be trusted: the velocity "
+                "that follows from it has a pole at an end of the path. Train with one of "
+                f"{list(_REGULAR)}; draws are not affected."
+            )
         trace: Trace = "exact" if self.n_path <= _N_EXACT_TRACE else "hutchinson"
         parts = [
             self._log_prob(*block, None, torch.Generator().manual_seed(0), trace)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Architecture", "DensityName", "build_gene_module", "build_module"]
 
+# Of a path's network.
+_SHAPE = ("n_hidden", "n_layers")
 DensityName = Literal["mixture", "gaussian", "flow"]
 
 
@@ -111,6 +113,7 @@ def build_module(
         return ExpressionModule(space, flow, prior=density)
 
     if path is not None:
+        _check_network(path)
         said = {"density": "path", **said, **_named(path)}
     model._set_module(build, {**asdict(architecture), **said})
 
@@ -128,20 +131,23 @@ def build_gene_module(model: GenerativeModel, n_latent: int, path: Mapping[str, 
         Arguments of the :class:`~exprgen.densities.Path`, of its network as well.
     """
     _arguments.check_positive_int(n_latent, "n_latent")
-    shape = ("n_hidden", "n_layers")
-    for name in shape:
-        _arguments.check_positive_int(path[name], f"density_{name[2:]}")
+    _check_network(path)
 
     def build() -> ExpressionModule:
         space = GeneSpace(len(model.var_names), model.schema.layout, n_latent=n_latent)
         blocks = space.features.blocks
-        network = GeneDenoiser(space.scores, blocks, **{name: path[name] for name in shape})
-        others = {name: value for name, value in path.items() if name not in shape}
+        network = GeneDenoiser(space.scores, blocks, **{name: path[name] for name in _SHAPE})
+        others = {name: value for name, value in path.items() if name not in _SHAPE}
         sizes = space.n_dims, space.features.n_features
         return ExpressionModule(space, Path(*sizes, blocks=blocks, network=network, **others))
 
     said = {"space": "genes", "n_latent": n_latent, "density": "path", **_named(path)}
     model._set_module(build, said)
+
+
+def _check_network(path: Mapping[str, Any]) -> None:
+    for name in _SHAPE:
+        _arguments.check_positive_int(path[name], f"density_{name[2:]}")
 
 
 def _named(path: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,9 +48,6 @@ class ModelCore(BaseModelClass):
     _density_options: Mapping[str, Any] = MappingProxyType({})
     """How the density draws, where the caller of a verb has said so."""
 
-    _autoencoder_split: tuple[np.ndarray, np.ndarray] | None = None
-    """Training and validation rows of a space that was taken over trained."""
-
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -68,6 +65,8 @@ class ModelCore(BaseModelClass):
         self.seed_ = resolve_seed(seed)
         self.schema = ConditionSchema.from_dict(self._setup_state["schema"])
         self.cell_keys_: dict[str, np.ndarray] = {}
+        # Whether the space was taken over trained, on the cells of these keys.
+        self.autoencoder_taken_over_ = False
         self.conditions_: dict[str, Any] | None = None
         if adata is not None:
             self._observe()
@@ -235,8 +234,9 @@ class ModelCore(BaseModelClass):
             warnings.warn(
                 f"{of_gene.sum()} values in {n_cells} of {len(cells)} cells lie below their "
                 "gene's least value in training, where the model has no probability: genes "
-                f"{name_some(self.var_names[of_gene > 0])}. The log-likelihood of these cells is "
-                "-inf. Are the values on the scale of training?",
+                f"{name_some(self.var_names[of_gene > 0])}. To the model they are that least "
+                "value; the log-likelihood of these cells is -inf. Are the values on the scale of "
+                "training?",
                 ExtrapolationWarning,
                 stacklevel=4,
             )

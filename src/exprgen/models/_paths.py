@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
+    from exprgen.densities import Path
     from exprgen.likelihoods import Dispersion
     from exprgen.schedules import Target, Times, Weighting
 
@@ -125,8 +126,12 @@ class PathModel(GenerativeModel):
         new.module.space.load_state_dict(model.module.space.state_dict())
         new.module.autoencoder_prior.load_state_dict(model.module.density.state_dict())
         new.module.initialized.fill_(True)
-        new._autoencoder_split = split
+        new.autoencoder_taken_over_, new.cell_keys_ = True, model.cell_keys_
         return new
+
+    @property
+    def _path(self) -> Path:
+        return cast("Path", self.module.density)
 
     @contextmanager
     def _drawing(
@@ -141,8 +146,15 @@ class PathModel(GenerativeModel):
             options["n_steps"] = _arguments.check_positive_int(n_steps, "n_steps")
         if solver is not None:
             options["solver"] = _arguments.check_choice(solver, "solver", tuple(SOLVERS))
+            if solver != self._path.solver:
+                options.setdefault("n_steps", SOLVERS[solver].usual_steps)
         weights = self._guidance(guidance)
         if any(weight != 1 for weight in weights):
+            if self._path.condition_dropout == 0:
+                raise ValueError(
+                    f"guidance={guidance!r} needs a model that has also seen cells without their "
+                    "conditions; this one was made with condition_dropout=0."
+                )
             options["guidance"] = weights
         self._density_options = options
         try:
@@ -154,7 +166,10 @@ class PathModel(GenerativeModel):
         """A weight per condition, in their order."""
         keys = self.schema.condition_keys
         if not isinstance(guidance, Mapping):
-            return [_arguments.check_number(guidance, "guidance")] * len(keys)
+            weight = _arguments.check_number(guidance, "guidance")
+            if weight != 1 and not keys:
+                raise ValueError(f"guidance={guidance!r} weighs conditions; this model has none.")
+            return [weight] * len(keys)
         for key in guidance:
             if key not in keys:
                 raise KeyError(

@@ -68,6 +68,18 @@ _OWN_WORDS = {
 }
 
 
+# What would leave epochs without training, or without validation.
+_WITHOUT_EPOCHS = {
+    "fast_dev_run",
+    "limit_train_batches",
+    "limit_val_batches",
+    "max_steps",
+    "max_time",
+    "min_steps",
+    "overfit_batches",
+}
+
+
 class TrainMixin(ModelCore):
     """Training of a :class:`~exprgen.models.GenerativeModel`."""
 
@@ -151,7 +163,7 @@ class TrainMixin(ModelCore):
         _arguments.check_bool(early_stopping, "early_stopping")
         plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
-        taken_over = self._autoencoder_split is not None
+        taken_over = self.autoencoder_taken_over_
         if taken_over or not self.module.space.is_learned:
             given = {
                 "max_epochs": max_epochs is not None,
@@ -174,7 +186,10 @@ class TrainMixin(ModelCore):
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = _checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
-        train_idx, val_idx = self._split(train_size, validation_size, split_key)
+        if taken_over:
+            train_idx, val_idx = self._split_taken_over(keys)
+        else:
+            train_idx, val_idx = self._split(train_size, validation_size, split_key)
         if early_stopping and len(val_idx) == 0:
             cause = f"train_size={train_size}" if split_key is None else f"split_key={split_key!r}"
             raise ValueError(
@@ -188,21 +203,24 @@ class TrainMixin(ModelCore):
         batch_size = batch_size or default_batch_size(len(train_idx))
         data = CellDataModule(dataset, train_idx, val_idx, batch_size)
         module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
+        # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
+        clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
         runner_kwargs = {
             "accelerator": accelerator,
             "devices": devices,
             "early_stopping": early_stopping,
             "enable_progress_bar": progress_bar,
             "log_every_n_steps": 1,
-            "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", 10.0),
+            "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", clip),
             **trainer_kwargs,
         }
         finish = partial(self._finish, data, keys)
         with isolated(self.seed_), _quiet_lightning():
-            if not module.initialized:
+            # In gene space nothing is learned but of these cells, and the density of their scores.
+            if not (module.initialized and module.space.is_learned):
                 module.space.initialize(_moments(dataset, train_idx, module.space))
                 module.initialized.fill_(True)
-            has_autoencoder = self._autoencoder_split is None and module.space.is_learned
+            has_autoencoder = not taken_over and module.space.is_learned
             if has_autoencoder:
                 self._run_stage(
                     GenerativeTrainingPlan(
@@ -269,13 +287,15 @@ class TrainMixin(ModelCore):
                 **runner_kwargs,
             )
             runner()
-        except BaseException:
+        except BaseException as error:
             # Whatever stopped it, a model that has weights to answer with can be used.
             if not keep_best.restore(self.module):
                 self.history_, self.is_trained_ = before
             elif not (several and isinstance(plan, GenerativeTrainingPlan)):
                 self.is_trained_ = True
                 finish()
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # Lightning exits the process instead
             raise
         finally:
             self.module.eval()
@@ -345,12 +365,25 @@ class TrainMixin(ModelCore):
         dataset = CellDataset(cells.reader, cells.codes, cells.library)
         return dataset, cell_keys(cells.adata, cells.reader)
 
+    def _split_taken_over(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of the cells that the autoencoder was trained and validated on."""
+        train, validation = (
+            np.flatnonzero(np.isin(keys, self.cell_keys_[name]))
+            for name in ("train", "validation")
+        )
+        if len(train) != len(self.cell_keys_["train"]):
+            raise ValueError(
+                "This model's autoencoder was taken over trained, and these are not the cells "
+                f"that it was trained on: {len(train)} of {len(self.cell_keys_['train'])} are "
+                "among them. Train an exprgen.NBVAE on these cells, and take it over by "
+                "from_autoencoder()."
+            )
+        return train, np.setdiff1d(validation, train)
+
     def _split(
         self, train_size: float, validation_size: float | None, split_key: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of training and validation cells."""
-        if self._autoencoder_split is not None:
-            return self._autoencoder_split
         adata = self._readable(self.adata, *([] if split_key is None else [split_key]))
         n_obs = adata.n_obs
         if split_key is not None:
@@ -417,6 +450,16 @@ def _checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Refuse what the trainer would, and what train() decides, before anything runs."""
     # scvi-tools' trainer hands what it does not know to Lightning's.
     kwargs = _checked(kwargs, "trainer_kwargs", Trainer, LightningTrainer)
+    for word in _WITHOUT_EPOCHS & kwargs.keys():
+        raise TypeError(
+            f"trainer_kwargs[{word!r}]: the best of whole, validated epochs is kept, so none can "
+            "be cut short. Give max_epochs=, train_size= or split_key= to train()."
+        )
+    if kwargs.get("precision", "32-true") not in (32, "32", "32-true", "bf16-mixed", "16-mixed"):
+        raise ValueError(
+            "trainer_kwargs['precision'] must be '32-true', '16-mixed' or 'bf16-mixed', got "
+            f"{kwargs['precision']!r}."
+        )
     for word in _OWN_WORDS.keys() & kwargs.keys():
         raise TypeError(f"Give {_OWN_WORDS[word]} to train() instead of trainer_kwargs[{word!r}].")
     callbacks = kwargs.get("callbacks", [])

@@ -35,15 +35,17 @@ class Solver(NamedTuple):
     """Evaluations a step, but one in the last; ``None`` where the tolerance decides."""
     stochastic: bool = False
     """Whether it follows the score, hence needs noise that is independent of the data."""
+    usual_steps: int = 5
+    """Steps in which it is about as good as the others."""
 
 
 SOLVERS: dict[str, Solver] = {
-    "euler": Solver(euler, 1),
+    "euler": Solver(euler, 1, usual_steps=25),
     "heun": Solver(heun, 2),
-    "euler_maruyama": Solver(euler_maruyama, 1, stochastic=True),
-    "ddim": Solver(ddim, 1),
-    "ddpm": Solver(ddpm, 1, stochastic=True),
-    "predictor_corrector": Solver(predictor_corrector, 2, stochastic=True),
+    "euler_maruyama": Solver(euler_maruyama, 1, stochastic=True, usual_steps=50),
+    "ddim": Solver(ddim, 1, usual_steps=25),
+    "ddpm": Solver(ddpm, 1, stochastic=True, usual_steps=50),
+    "predictor_corrector": Solver(predictor_corrector, 2, stochastic=True, usual_steps=50),
     "ode": Solver(ode, None),
     "arc": Solver(arc, 2),
 }

@@ -123,15 +123,18 @@ class StagePlan(TrainingPlan):
         """Loss of a batch; a loss that is not finite stops the training and says where."""
         loss, sums = self.step(batch, None)
         if not torch.isfinite(loss):
-            raise TrainingDivergedError(
-                f"The training loss became {loss.item()} at epoch {self.current_epoch}, "
-                f"step {self.global_step} (last finite loss {float(self.last_loss):.4g}, learning "
-                f"rate {self.optimizers().param_groups[0]['lr']:.2g}). Train with a smaller "
-                f"learning rate, e.g. {self.remedy.format(self.lr / 10)}."
-            )
+            raise self._diverged("The training loss", loss.item())
         self.last_loss = loss.detach()
         self._add("train", batch, sums)
         return loss
+
+    def _diverged(self, what: str, value: float) -> TrainingDivergedError:
+        return TrainingDivergedError(
+            f"{what} became {value} at epoch {self.current_epoch}, step {self.global_step} (last "
+            f"finite training loss {float(self.last_loss):.4g}, learning rate "
+            f"{self.optimizers().param_groups[0]['lr']:.2g}). Train with a smaller learning rate, "
+            f"e.g. {self.remedy.format(self.lr / 10)}."
+        )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The terms of a validation batch, with noise fixed by the batch number."""
@@ -148,6 +151,9 @@ class StagePlan(TrainingPlan):
         if self._n_obs[mode] == 0:
             return
         means = (self._sums[mode] / self._n_obs[mode]).tolist()
+        if not all(map(math.isfinite, means)):
+            # Early stopping would end the run as if it had been a good one.
+            raise self._diverged(f"The {mode} loss", means[0])
         for i, (name, value) in enumerate(zip(self.terms, means, strict=True)):
             self.log(name.format(mode), value, prog_bar=mode == "train" and i == 0)
         self._sums[mode], self._n_obs[mode] = torch.zeros(len(self.terms)), 0
