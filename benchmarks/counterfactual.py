@@ -185,9 +185,7 @@ def scvi_draws(task: Task, args: Any) -> list[np.ndarray]:
     module, counts = model.module.eval(), task.control_cells.layers["counts"]
     levels = list(model.adata_manager.get_state_registry("batch").categorical_mapping)
     x = torch.from_numpy(counts.toarray())
-    own, other = (
-        torch.full((len(x), 1), levels.index(name)) for name in (CONTROL, TREATED)
-    )
+    own, other = (torch.full((len(x), 1), levels.index(name)) for name in (CONTROL, TREATED))
     torch.manual_seed(task.seed)
     draws = []
     for _ in range(args.draws):
@@ -204,7 +202,8 @@ def markdown(results: pd.DataFrame) -> str:
     text = {
         measure: {
             name: " / ".join(
-                "" if np.isnan(means.loc[(name, one), measure])
+                ""
+                if np.isnan(means.loc[(name, one), measure])
                 else f"{means.loc[(name, one), measure]:.{digits}f}"
                 for one in held
             ).strip(" /")
