@@ -43,7 +43,7 @@ def test_stand_ins_share_only_the_labels_that_change():
     found = stand_ins(seen, np.array([0, 1, 0]), np.array([0, 1, 1]))
     assert [row.tolist() for row in found] == [[0, 0, 0], [1, 1, 0]]
     # Two labels change at once.
-    found = stand_ins(seen, np.array([1, 0, 0]), np.array([1, 1, 1]))
+    found = stand_ins(seen, np.array([3, 0, 0]), np.array([3, 1, 1]))
     assert [row.tolist() for row in found] == [[2, 0, 0]]
 
 
@@ -166,7 +166,9 @@ def test_effects_multiply_what_is_expressed_and_add_to_what_is_not():
     values = values + space.to_effects(after.log()) - space.to_effects(before.log())
     moved = space.from_effects(values).exp()[0]
     assert moved.sum() == pytest.approx(1)
-    ratio = moved / moved[2] * own[0, 2] / 1.5  # the third gene grew by a half
+    ratio = (
+        moved / moved[2] * own[0, 2] * after[0, 2] / before[0, 2]
+    )  # before they add up to 1 again
     assert ratio[0] == pytest.approx(0.01, rel=0.02)
     # A millionfold: the law of one count per ten thousand says from what.
     assert ratio[1] == pytest.approx((1e-5 + 1e-4) * 11 - 1e-4, rel=0.01)
@@ -225,9 +227,10 @@ def test_held_out_responses_are_those_of_the_kin(with_interaction):
         # The average of all types is a third of it.
         assert found[6:12].mean() > 0.8 * true[6:12].mean()
     else:
-        assert np.abs(found[6:12]).mean() < 0.2
+        assert np.abs(found[6:12] - true[6:12]).mean() < 0.2
 
 
+@pytest.mark.filterwarnings("ignore:.*least value in training")
 def test_continuous_values_borrow_as_well():
     adata = _cells(with_interaction=True)
     counts = adata.X.toarray()
