@@ -93,6 +93,11 @@ class ObservedConditions:
         return [key for key in self.schema.continuous_keys if key not in self.levels]
 
     @property
+    def label_codes(self) -> np.ndarray:
+        """Distinct combinations of categorical conditions, ``(n, n_labels)``."""
+        return np.unique(self.codes[:, : len(self.schema.labels)], axis=0)
+
+    @property
     def frame(self) -> pd.DataFrame:
         """A row per combination, most frequent first, with ``n_train``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
-from exprgen.densities import Path
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
 from exprgen.models._statistics import Moments
-from exprgen.spaces import GeneSpace
+from exprgen.models._transport import decoder_under
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from exprgen.module import ExpressionModule
-    from exprgen.spaces import Autoencoder, Decoded
 
 __all__ = ["GenerateMixin"]
 
@@ -156,6 +154,11 @@ class GenerateMixin(ModelCore):
         decoded under the new ones. What is held: the cell's place relative to its condition's
         mean, its depth, its batch and its donor's effect.
 
+        Where the labels of the new conditions were never seen together, the response is that of
+        the most similar combinations that were seen both before and after the change, weighted
+        by similarity; with none such the networks extrapolate. There is a warning in any case,
+        and ``obs["support"]`` says so.
+
         In gene space the path is followed instead, back to noise under the cell's own conditions
         and forth under the others: what is held is the cell's place in the whole law of its
         condition. That takes some twenty evaluations of the network for every draw.
@@ -202,13 +205,13 @@ class GenerateMixin(ModelCore):
         n_vars = len(self.var_names)
         mean, std = np.zeros((2, len(source), n_vars), np.float32)
         kept = []
-        space = self.module.space
+        space, seen = self.module.space, self._observed.label_codes
         for block, part in blocks(len(source), "Counterfactual", show=progress_bar):
             noise = generator(seed, CELL, block)
             x, c, library = cells.tensors(part, self._device)
             new_c = torch.from_numpy(query.codes[part]).to(self._device)
             centre, sd = space.encode(x, c, library)
-            decode = _decoder_under(self.module, c, new_c)
+            decode = decoder_under(self.module, c, new_c, seen)
             moments = Moments()
             for _ in range(n_samples):
                 y = space.draw(centre, sd, noise)
@@ -312,24 +315,6 @@ def _donor_effects(
         for number, row in zip(numbers, first, strict=True)
     ]
     return torch.stack(draws)[torch.from_numpy(inverse)]
-
-
-def _decoder_under(
-    module: ExpressionModule, c: Tensor, new_c: Tensor
-) -> Callable[[Tensor, Tensor | None], Decoded]:
-    """What y and log depth of cells with conditions c mean under others: shift, or transport."""
-    space, density = module.space, module.density
-    old, new = space.features.conditions(c), space.features.conditions(new_c)
-    if isinstance(space, GeneSpace) and isinstance(density, Path):
-        return lambda y, _: space.decode(density.transport(y, old, new), new_c)
-    latent, effect = cast("Autoencoder", space), space.known_effect(new_c)
-    prior = module.autoencoder_prior
-    shift = prior.mean(new) - prior.mean(old)
-
-    def decode(y: Tensor, log_depth: Tensor | None) -> Decoded:
-        return latent.decode_at((y + shift)[:, : latent.n_latent], log_depth, new_c, effect)
-
-    return decode
 
 
 def _planted(

@@ -224,6 +224,25 @@ class Autoencoder(Space):
     ) -> Decoded:
         """What the likelihood reads, given z and the log depth ``(n_obs,)``, if there is one."""
 
+    def to_effects(self, location: Tensor) -> Tensor:
+        """Locations per unit of depth, on the scale on which effects of conditions add up."""
+        return location
+
+    def from_effects(self, values: Tensor) -> Tensor:
+        """Undo :meth:`to_effects`."""
+        return values
+
+    def moved(
+        self, decoded: Decoded, log_depth: Tensor | None, effect: Tensor | None = None
+    ) -> Decoded:
+        """What was decoded per unit of depth, at a depth and with a donor's effect."""
+        location = decoded.location
+        if log_depth is not None:
+            location = location + log_depth[:, None]
+        if effect is not None:
+            location = location + effect.to(location)
+        return decoded._replace(location=location)
+
     def prior_cost(self, kl_weight: float) -> Tensor:
         """What the training set pays once, nats: for weights, and effects that have a prior."""
         cost = self.encoder.cost() + self.decoder.cost()

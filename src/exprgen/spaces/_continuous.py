@@ -117,5 +117,12 @@ class ContinuousLatentSpace(Autoencoder):
     ) -> Decoded:
         """Centre of each gene, ``(n_obs, n_vars)``, and further heads; there is no depth."""
         location, extra = self.decoder(z, self.inputs(c))
-        location = location if effect is None else location + effect.to(location)
-        return Decoded(self.centre + self.scale * location, extra)
+        return self.moved(Decoded(self.centre + self.scale * location, extra), None, effect)
+
+    def moved(
+        self, decoded: Decoded, log_depth: Tensor | None, effect: Tensor | None = None
+    ) -> Decoded:
+        """What was decoded without a donor, with its effect; there is no depth."""
+        if effect is None:
+            return decoded
+        return decoded._replace(location=decoded.location + self.scale * effect.to(self.scale))

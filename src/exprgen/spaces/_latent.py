@@ -13,6 +13,7 @@ user's, the modelled genes need not add up to it, and ρ is an exponential inste
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Likelihood
 
 __all__ = ["LatentSpace"]
+
+# What effects leave alone, per unit of depth, and how much of it a gene is left with at least.
+_LOG_FLOOR = math.log(1e-4)
+_LEAST = 1e-4
 
 
 class LatentSpace(Autoencoder):
@@ -136,13 +141,29 @@ class LatentSpace(Autoencoder):
         self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
     ) -> Decoded:
         """Log mean of the counts at given log depths ``(n_obs,)`` (``None``: one unit)."""
-        decoded = self._composition(z, c)
-        location = decoded.location
-        if log_depth is not None:
-            location = location + log_depth[:, None]
-        if effect is not None:
-            location = location + effect.to(location)
-        return decoded._replace(location=location)
+        return self.moved(self._composition(z, c), log_depth, effect)
+
+    @property
+    def _log_floor(self) -> Tensor:
+        """Logarithm of what :meth:`to_effects` adds, per unit of depth."""
+        bias = self.decoder.output.bias.detach()
+        # Per unit of a size factor means need not add up to 1; the biases say to what they do.
+        total = bias.logsumexp(0) if self.depth.observed else bias.new_zeros(())
+        return total + _LOG_FLOOR
+
+    def to_effects(self, location: Tensor) -> Tensor:
+        """Log(ρ + 1e-4): one count per ten thousand tells little of how strongly a gene is off.
+
+        Effects multiply what is expressed, and add to what is not: where one type has hardly any
+        of a gene, that another induces it a hundredfold does not say from what to multiply.
+        """
+        return torch.logaddexp(location, self._log_floor.to(location))
+
+    def from_effects(self, values: Tensor) -> Tensor:
+        """Undo :meth:`to_effects`; compositions add up to 1 again."""
+        below = (self._log_floor.to(values) - values).clamp(max=-_LEAST)
+        location = values + torch.log(-torch.expm1(below))
+        return location if self.depth.observed else location.log_softmax(-1)
 
     def at_depth(self, decoded: Decoded, log_depth: Tensor) -> Decoded:
         """Log means that add up to a given depth, whatever a donor's factors are.
