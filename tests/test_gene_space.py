@@ -17,7 +17,7 @@ from scipy import stats
 
 from exprgen import CondVAE, ExprDiffusion, ExprFlow, metrics
 from exprgen._conditions import ConditionLayout
-from exprgen._errors import ExtrapolationWarning, SetupError
+from exprgen._errors import DataQualityWarning, ExtrapolationWarning, SetupError
 from exprgen.densities import Path
 from exprgen.module import ExpressionModule
 from exprgen.nn import GeneDenoiser, NormalScores
@@ -344,7 +344,37 @@ def test_a_counterfactual_of_the_same_condition_is_the_cell_itself():
     same = model.counterfactual(
         to={"cell_type": "type_1"}, indices=rows, n_samples=3, seed=0, progress_bar=False
     )
-    np.testing.assert_allclose(same.X, adata.layers["log"][rows], atol=0.1)
+    np.testing.assert_allclose(same.X, adata.layers["log"][rows], atol=1e-5)
+
+
+def test_the_way_to_another_condition_can_be_gone_back():
+    model = _trained(epochs=10)
+    space, path = model.module.space, model.module.density
+    own, other = (torch.full((40, 1), float(label)) for label in (0, 1))
+    own, other = space.features.conditions(own), space.features.conditions(other)
+    y = torch.randn(40, space.n_dims, generator=_generator())
+    there = path.transport(y, own, other, 80)
+    assert (there - y).abs().max() > 0.1
+    torch.testing.assert_close(path.transport(there, other, own, 80), y, atol=0.05, rtol=0)
+    assert torch.equal(path.transport(y, own, own), y)
+
+
+def test_laws_of_genes_are_those_of_the_cells_of_the_last_training():
+    model = _trained()
+    other = _cells()
+    other.layers["log"] = 0.1 * other.layers["log"] - 5
+    model.adata.layers["log"] = other.layers["log"]
+    model.train(density_kwargs={"max_epochs": 2}, **QUIET)
+    drawn = model.sample({"cell_type": "type_0"}, 50, seed=0).X
+    assert drawn.min() >= other.layers["log"].min()
+    assert drawn.max() < -4
+
+
+def test_counts_are_not_taken_for_logarithms_later():
+    model, others = _trained(), _cells()
+    others.layers["log"] = others.layers["counts"]
+    with pytest.warns(DataQualityWarning, match="looks like counts"):
+        model.get_latent_representation(others)
 
 
 def test_guidance_weighs_conditions():

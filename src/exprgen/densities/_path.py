@@ -377,21 +377,23 @@ class Path(ConditionalDensity):
     ) -> Tensor:
         """The same noise under other conditions, ``(n_obs, n_dims)``: back, and forth again.
 
-        Exact but for the solver's error: what follows p(y | c) then follows p(y | c'). Of paths
-        of all coordinates only.
+        Exact but for the solver's error: what follows p(y | c) then follows p(y | c'). What stays
+        under its own conditions stays as it is. Of paths of all coordinates only.
 
         Parameters
         ----------
         y, features, to
             Data ``(n_obs, n_dims)``, its condition features and others, ``(n_obs, n_features)``.
         n_steps
-            Either way; the path's own where ``None``.
+            Either way; ``None`` is four times as many as for a draw, for here the error of a
+            single cell counts, and not that of a law.
         """
-        n_steps = self.n_steps if n_steps is None else n_steps
+        n_steps = 4 * self.n_steps if n_steps is None else n_steps
         u, _ = self._split(y)
         noise = arc(self._field(features, None, (Term(),)), u, n_steps, to="noise")
         moved = arc(self._field(to, None, (Term(),)), noise, n_steps)
-        return self.shift + self.scale * moved
+        stays = (features == to).all(1, keepdim=True)
+        return torch.where(stays, y, self.shift + self.scale * moved)
 
     def _last(
         self,

@@ -161,7 +161,7 @@ class GenerateMixin(ModelCore):
 
         In gene space the path is followed instead, back to noise under the cell's own conditions
         and forth under the others: what is held is the cell's place in the whole law of its
-        condition. That takes some twenty evaluations of the network for every draw.
+        condition. That takes some eighty evaluations of the network for every draw.
 
         Parameters
         ----------
