@@ -65,9 +65,10 @@ def test_weights_interpolate():
 # An analytic model: types × conditions on a table, everything additive -----------------------
 
 MAIN, INTERACTION = 1.0, 2.0
-#              gene 0: type      gene 1: responds in all, gene 2: in types 0 and 1 only
+# Gene 0 tells types apart, gene 1 responds in all of them, gene 2 in type 0; of type 1, which is
+# like it, the decoder was not taught whether.
 TYPE_LEVEL = torch.tensor([0.0, 0.1, 5.0])
-RESPONDS = torch.tensor([1.0, 1.0, 0.0])
+RESPONDS = torch.tensor([1.0, 0.0, 0.0])
 
 
 def _table_model():
@@ -231,7 +232,7 @@ def test_held_out_responses_are_those_of_the_kin(with_interaction):
 
 
 @pytest.mark.filterwarnings("ignore:.*least value in training")
-def test_continuous_values_borrow_as_well():
+def test_responses_of_continuous_values_keep_their_size():
     adata = _cells(with_interaction=True)
     counts = adata.X.toarray()
     adata.layers["values"] = np.log1p(1e3 * counts / counts.sum(1, keepdims=True))
@@ -248,4 +249,4 @@ def test_continuous_values_borrow_as_well():
     centre = before.layers["values"].mean(0)
     found = np.asarray(cells.X).mean(0) - centre
     true = adata[held].layers["values"].mean(0) - centre
-    assert 1 - np.square(found - true).sum() / np.square(true).sum() > 0.8
+    assert found[6:12].mean() > 0.8 * true[6:12].mean()
