@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import warnings
-from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from lightning.pytorch import Callback
-from lightning.pytorch import Trainer as LightningTrainer
-from scvi.train import Trainer, TrainRunner
+from scvi.train import TrainRunner
 
 from exprgen import _arguments
 from exprgen._errors import closest
@@ -24,7 +19,7 @@ from exprgen.models._cells import cell_keys
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged
 from exprgen.models._mudata import own_name
-from exprgen.spaces import DataMoments
+from exprgen.models._train_arguments import checked_trainer, checked_words
 from exprgen.train import (
     CellDataModule,
     CellDataset,
@@ -33,17 +28,17 @@ from exprgen.train import (
     GenerativeTrainingPlan,
     KeepBestWeights,
     check_plan,
+    data_moments,
     default_batch_size,
     default_density_epochs,
     default_max_epochs,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor
+    from lightning.pytorch import Callback
 
-    from exprgen.spaces import Space
     from exprgen.train import StagePlan
 
 __all__ = ["TrainMixin"]
@@ -52,32 +47,6 @@ logger = logging.getLogger("exprgen")
 
 # Of the second stage: it is noisy, and costs as much as the steps of its short epochs.
 _N_VALIDATIONS = 40
-
-
-# What train() itself decides, by the name it has there.
-_OWN_WORDS = {
-    "accelerator": "accelerator=",
-    "check_val_every_n_epoch": "early_stopping=",
-    "devices": "devices=",
-    "early_stopping": "early_stopping=",
-    "early_stopping_monitor": "early_stopping=",
-    "early_stopping_patience": "early_stopping_patience=",
-    "enable_progress_bar": "progress_bar=",
-    "log_every_n_steps": "progress_bar=",
-    "max_epochs": "max_epochs=",
-}
-
-
-# What would leave epochs without training, or without validation.
-_WITHOUT_EPOCHS = {
-    "fast_dev_run",
-    "limit_train_batches",
-    "limit_val_batches",
-    "max_steps",
-    "max_time",
-    "min_steps",
-    "overfit_batches",
-}
 
 
 class TrainMixin(ModelCore):
@@ -161,7 +130,7 @@ class TrainMixin(ModelCore):
             if value is not None:
                 _arguments.check_positive_int(value, name)
         _arguments.check_bool(early_stopping, "early_stopping")
-        plan_kwargs = _checked(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
+        plan_kwargs = checked_words(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
         taken_over = self.autoencoder_taken_over_
         if taken_over or not self.module.space.is_learned:
@@ -184,7 +153,7 @@ class TrainMixin(ModelCore):
                     f"{', '.join(useless)}: {why}. What is left to train takes density_kwargs."
                 )
         density_kwargs = self._checked_density(density_kwargs)
-        trainer_kwargs = _checked_trainer(trainer_kwargs)
+        trainer_kwargs = checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
         if taken_over:
             train_idx, val_idx = self._split_taken_over(keys)
@@ -218,7 +187,7 @@ class TrainMixin(ModelCore):
         with isolated(self.seed_), _quiet_lightning():
             # In gene space nothing is learned but of these cells, and the density of their scores.
             if not (module.initialized and module.space.is_learned):
-                module.space.initialize(_moments(dataset, train_idx, module.space))
+                module.space.initialize(data_moments(dataset, train_idx, module.space))
                 module.initialized.fill_(True)
             has_autoencoder = not taken_over and module.space.is_learned
             if has_autoencoder:
@@ -337,7 +306,7 @@ class TrainMixin(ModelCore):
                 )
             return {}
         sizes = ("max_epochs", "batch_size")
-        kwargs = _checked(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
+        kwargs = checked_words(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
         for name in sizes:
             if kwargs.get(name) is not None:
                 _arguments.check_positive_int(kwargs[name], f"density_kwargs[{name!r}]")
@@ -428,78 +397,3 @@ def _quiet_lightning() -> Iterator[None]:
             yield
     finally:
         rank_zero.setLevel(level)
-
-
-def _checked(
-    kwargs: dict[str, Any] | None, argument: str, *owners: type, also: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Refuse unknown keywords before anything runs."""
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"{argument} must be a dict or None, got {kwargs!r}.")
-    allowed = {word for owner in owners for word in inspect.signature(owner).parameters}
-    allowed = allowed - {"module", "n_obs_training", "seed", "kwargs"} | {*also}
-    for word in kwargs or {}:
-        if word not in allowed:
-            raise TypeError(
-                f"{argument} has no {word!r}; it takes {sorted(allowed)}.{closest(word, allowed)}"
-            )
-    return dict(kwargs or {})
-
-
-def _checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Refuse what the trainer would, and what train() decides, before anything runs."""
-    # scvi-tools' trainer hands what it does not know to Lightning's.
-    kwargs = _checked(kwargs, "trainer_kwargs", Trainer, LightningTrainer)
-    for word in _WITHOUT_EPOCHS & kwargs.keys():
-        raise TypeError(
-            f"trainer_kwargs[{word!r}]: the best of whole, validated epochs is kept, so none can "
-            "be cut short. Give max_epochs=, train_size= or split_key= to train()."
-        )
-    if kwargs.get("precision", "32-true") not in (32, "32", "32-true", "bf16-mixed", "16-mixed"):
-        raise ValueError(
-            "trainer_kwargs['precision'] must be '32-true', '16-mixed' or 'bf16-mixed', got "
-            f"{kwargs['precision']!r}."
-        )
-    for word in _OWN_WORDS.keys() & kwargs.keys():
-        raise TypeError(f"Give {_OWN_WORDS[word]} to train() instead of trainer_kwargs[{word!r}].")
-    callbacks = kwargs.get("callbacks", [])
-    known = isinstance(callbacks, list | tuple) and all(
-        isinstance(callback, Callback) for callback in callbacks
-    )
-    if not known:
-        raise TypeError(
-            "trainer_kwargs['callbacks'] must be a list of lightning.pytorch.Callback, got "
-            f"{callbacks!r}."
-        )
-    if kwargs.get("gradient_clip_val") is not None:
-        _arguments.check_number(kwargs["gradient_clip_val"], "trainer_kwargs['gradient_clip_val']")
-    return kwargs
-
-
-def _moments(
-    dataset: CellDataset, rows: np.ndarray, space: Space, block: int = 512
-) -> DataMoments:
-    """Sums over the training cells, and least values, block by block."""
-    n_vars = dataset.reader.shape[1]
-    minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
-    x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
-    inputs_x = torch.zeros(space.n_inputs, n_vars, dtype=torch.float64)
-    conditions, library = dataset.conditions[rows], dataset.library[rows].double()
-    inputs = space.inputs(conditions)
-    for start in range(0, len(rows), block):
-        part = slice(start, start + block)
-        counts = dataset[rows[part]]["x"].double()
-        x += counts.sum(0)
-        x_square += counts.square().sum(0)
-        minimum = torch.minimum(minimum, counts.amin(0))
-        library_x += library[part] @ counts
-        inputs_x += inputs[part].double().T @ counts
-    donors = space.features.donor(conditions)
-    sums = inputs_x, x, x_square, library_x, minimum
-    return DataMoments(library, inputs, donors, *sums, values=partial(_values, dataset, rows))
-
-
-def _values(dataset: CellDataset, rows: np.ndarray, at_most: int = 10_000) -> Tensor:
-    """Values of training cells, ``(n, n_vars)``; of many cells, of some at random."""
-    chosen = torch.randperm(len(rows))[:at_most].sort().values.numpy()
-    return dataset[rows[chosen]]["x"]

@@ -9,6 +9,7 @@ from exprgen.train._data import (
     default_density_epochs,
     default_max_epochs,
 )
+from exprgen.train._moments import data_moments
 from exprgen.train._plans import (
     DensityTrainingPlan,
     GenerativeTrainingPlan,
@@ -25,6 +26,7 @@ __all__ = [
     "KeepBestWeights",
     "StagePlan",
     "check_plan",
+    "data_moments",
     "default_batch_size",
     "default_density_epochs",
     "default_max_epochs",
