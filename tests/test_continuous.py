@@ -200,7 +200,7 @@ def test_beta_weighs_the_divergence_and_leaves_the_elbo_as_it_is():
         total = last["reconstruction_loss_train"] + last["kl_local_train"]
         assert last["elbo_train"] == pytest.approx(total, rel=1e-5)
         excess = last["train_loss"] - last["elbo_train"]
-        prior = float(model.module.space.prior_cost(1.0)) / len(model.train_indices_)
+        prior = model.module.space.prior_cost(1.0).item() / len(model.train_indices_)
         expected = (beta - 1) * last["kl_local_train"] + prior
         assert excess == pytest.approx(expected, rel=1e-3, abs=1e-2)
     assert divergence[20.0] < 0.85 * divergence[1.0]  # the rest is what depth needs
