@@ -143,6 +143,8 @@ def test_C03_unknown_column_elsewhere(model, adata):
         model.sample(T0, marginalize="dose")
     with refused(ValueError, "to", "'cell_type'", of=adata):
         model.counterfactual(adata, to={})
+    with refused(ValueError, "to['cell_type']", f"{adata.n_obs} cells", "got 2", of=adata):
+        model.counterfactual(adata, to={"cell_type": ["type_0", "type_1"]})
 
 
 @every_model

@@ -241,6 +241,12 @@ class GenerateMixin(ModelCore):
             for name, value in to.items()
             if name != key
         }
+        for name, value in columns.items():
+            if np.ndim(value) and len(value) != len(source):
+                raise ValueError(
+                    f"to[{name!r}] must be one value or one for each of the {len(source)} cells, "
+                    f"got {len(value)}."
+                )
         table = source.assign(**columns)
         conditions: dict[str, Any] = {name: table[name].to_numpy() for name in table}
         if key is not None and embedding is not None:
