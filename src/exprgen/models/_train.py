@@ -15,7 +15,7 @@ from scvi.train import TrainRunner
 from exprgen import _arguments
 from exprgen._errors import closest
 from exprgen._random import isolated
-from exprgen.models._cells import cell_keys
+from exprgen.models._cells import cell_keys, split_labels
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged
 from exprgen.models._mudata import own_name
@@ -336,10 +336,8 @@ class TrainMixin(ModelCore):
 
     def _split_taken_over(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of the cells that the autoencoder was trained and validated on."""
-        train, validation = (
-            np.flatnonzero(np.isin(keys, self.cell_keys_[name]))
-            for name in ("train", "validation")
-        )
+        labels = split_labels(keys, self.cell_keys_)
+        train, validation = (np.flatnonzero(labels == name) for name in ("train", "validation"))
         if len(train) != len(self.cell_keys_["train"]):
             raise ValueError(
                 "This model's autoencoder was taken over trained, and these are not the cells "
@@ -347,7 +345,7 @@ class TrainMixin(ModelCore):
                 "among them. Train an exprgen.NBVAE on these cells, and take it over by "
                 "from_autoencoder()."
             )
-        return train, np.setdiff1d(validation, train)
+        return train, validation
 
     def _split(
         self, train_size: float, validation_size: float | None, split_key: str | None
