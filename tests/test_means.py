@@ -594,7 +594,7 @@ def test_states_go_through_files_without_pickle(rows, mean):
         from_state(fitted.state() | {"kind": "forest"})
 
 
-@pytest.mark.parametrize("mean", [Ridge(), torch.nn.Linear(2, 2), np.square, "gem"])
+@pytest.mark.parametrize("mean", [torch.nn.Linear(2, 2), np.square])
 def test_code_is_passed_again(mean):
     with pytest.raises(TypeError, match=r"load\(path, mean=\.\.\.\)"):
-        as_mean(mean, layers={"gem": np.zeros((2, 2))}).state()
+        as_mean(mean).state()

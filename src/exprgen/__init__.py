@@ -11,8 +11,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exprgen import datasets, metrics, pl, tl
-    from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprDiffusion, ExprFlow
+    from exprgen import datasets, means, metrics, pl, tl
+    from exprgen.models import (
+        NBVAE,
+        ZINBVAE,
+        CondVAE,
+        ExprDiffusion,
+        ExprFlow,
+        HybridResidualModel,
+    )
 
 __all__ = [
     "NBVAE",
@@ -20,14 +27,16 @@ __all__ = [
     "CondVAE",
     "ExprDiffusion",
     "ExprFlow",
+    "HybridResidualModel",
     "datasets",
+    "means",
     "metrics",
     "pl",
     "tl",
 ]
 __version__ = version("exprgen")
 
-_MODELS = ("NBVAE", "ZINBVAE", "CondVAE", "ExprDiffusion", "ExprFlow")
+_MODELS = ("NBVAE", "ZINBVAE", "CondVAE", "ExprDiffusion", "ExprFlow", "HybridResidualModel")
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,9 @@ class ExpressionModule(BaseModuleClass):
     @property
     def has_density_stage(self) -> bool:
         """Whether the density is trained by itself, after the autoencoder or without one."""
-        return self.prior is not None or not self.space.is_learned
+        if self.prior is not None:
+            return True
+        return not self.space.is_learned and any(True for _ in self.density.parameters())
 
     @property
     def autoencoder_prior(self) -> ConditionalDensity:
@@ -102,7 +104,7 @@ class ExpressionModule(BaseModuleClass):
         :cite:p:`higgins2017`.
         The priors of effects belong to the whole training set of ``n_obs_training`` cells.
         """
-        features = self.space.features.conditions(tensors["c"])
+        features = self.space.density_features(tensors["c"])
         x, likelihood = tensors["x"], self.space.likelihood
         if not likelihood.is_count:
             # One value of a validation cell below all of training must not make epochs alike.
@@ -150,7 +152,7 @@ class ExpressionModule(BaseModuleClass):
             If depth is to be fixed where there is none.
         """
         last = None if log_depth is None else self.space.standardised_depth(log_depth, c)
-        y = self.density.sample(self.space.features.conditions(c), generator, last, **options)
+        y = self.density.sample(self.space.density_features(c), generator, last, **options)
         if log_depth is None:
             y = self.space.within_reach(y, c)
             return y, self.space.decode(y, c, effect)
@@ -173,7 +175,7 @@ class ExpressionModule(BaseModuleClass):
         So it is with ``given_depth``, at the observed total, to compare with models that are
         defined given depth only. Donors enter at their posterior mean.
         """
-        space, features = self.space, self.space.features.conditions(c)
+        space, features = self.space, self.space.density_features(c)
         mean, sd = space.encode(x, c, library)
         conditional = given_depth or (space.depth is not None and space.depth.observed)
         if conditional:

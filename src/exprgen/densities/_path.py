@@ -320,6 +320,7 @@ class Path(ConditionalDensity):
         guidance: Sequence[float] | Tensor | None = None,
         solver: str | None = None,
         n_steps: int | None = None,
+        paired: bool = False,
     ) -> Tensor:
         """Draw y, ``(n_obs, n_dims)``.
 
@@ -339,6 +340,9 @@ class Path(ConditionalDensity):
             trained.
         solver, n_steps
             In place of the path's own.
+        paired
+            Whether every second row starts from the opposite of the noise before it, so that
+            averages need fewer draws.
 
         Raises
         ------
@@ -359,6 +363,8 @@ class Path(ConditionalDensity):
             block = features[rows]
             given = self._last(block, terms, None if last is None else last[rows], generator)
             noise = torch.randn(len(rows), self.n_path, generator=generator)
+            if paired:
+                noise[1::2] = -noise[: len(noise) - 1 : 2]
             start = self.schedule.prior_scale * noise.to(self.scale)
             distinct, row = torch.unique(block, dim=0, return_inverse=True)
             counted = None if SOLVERS[solver].per_step is None else n_steps
@@ -418,11 +424,13 @@ class Path(ConditionalDensity):
     ) -> GuidedField:
         return GuidedField(self.network, self.schedule, self.target, features, last, terms, rows)
 
-    def mean(self, features: Tensor) -> Tensor:
-        """E[y | c], ``(n_obs, n_dims)``: an *estimate* from 2,048 draws, always the same ones."""
+    def mean(self, features: Tensor, n_draws: int = _N_MEAN_DRAWS) -> Tensor:
+        """E[y | c], ``(n_obs, n_dims)``: an *estimate* from paired draws, always the same ones."""
         distinct, row = torch.unique(features, dim=0, return_inverse=True)
         means = [
-            self.sample(one.expand(_N_MEAN_DRAWS, -1), torch.Generator().manual_seed(0)).mean(0)
+            self.sample(
+                one.expand(n_draws, -1), torch.Generator().manual_seed(0), paired=True
+            ).mean(0)
             for one in distinct
         ]
         return torch.stack(means)[row] if means else features.new_zeros(0, self.n_dims)

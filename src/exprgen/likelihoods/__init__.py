@@ -9,6 +9,7 @@ from exprgen.likelihoods._negative_binomial import (
     negative_binomial_log_prob,
 )
 from exprgen.likelihoods._poisson import Poisson
+from exprgen.likelihoods._residual import ResidualLaw
 from exprgen.likelihoods._zero_inflated import ZeroInflatedNegativeBinomial
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NegativeBinomial",
     "PointMass",
     "Poisson",
+    "ResidualLaw",
     "Start",
     "ZeroInflatedNegativeBinomial",
     "draw_negative_binomial",

@@ -104,12 +104,13 @@ def from_state(state: Mapping[str, Any]) -> Mean:
     CheckpointError
         If the state is of no known predictor.
     """
+    kinds = {**BUILT_IN, "precomputed": PrecomputedMean, "sklearn": SklearnMean}
     kind = state.get("kind")
-    if kind not in BUILT_IN:
+    if kind not in kinds:
         raise CheckpointError(
-            f"The file holds a mean of kind {kind!r}; known are {name_some(BUILT_IN)}."
+            f"The file holds a mean of kind {kind!r}; known are {name_some(kinds)}."
         )
-    return BUILT_IN[kind].from_state(state)
+    return kinds[kind].from_state(state)
 
 
 def _known(layers: Mapping[Any, Any]) -> list[str]:

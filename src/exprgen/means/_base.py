@@ -19,6 +19,9 @@ class Mean(ABC):
     expression of these cells in the units that are to be predicted. Neither is ever changed.
     """
 
+    came_fitted: bool = False
+    """Whether it is never fitted here, so that its out-of-sample predictions have to be given."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -110,6 +113,18 @@ class Mean(ABC):
             As :meth:`fit`; or if there are no two groups; or if the predictor came fitted and no
             out-of-sample predictions were given with it.
         """
+
+    def parameter_variance(self, table: pd.DataFrame) -> np.ndarray | None:
+        """Variance of :meth:`predict` from doubt about what was learned, ``(n_obs, n_vars)``.
+
+        In squared units of ``y``; ``None`` of a predictor that does not know it.
+
+        Raises
+        ------
+        RuntimeError, CovariateError
+            As :meth:`predict`.
+        """
+        return None
 
     def state(self) -> dict[str, Any]:
         """What was learned, as arrays and plain types, for files.

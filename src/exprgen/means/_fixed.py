@@ -17,7 +17,7 @@ from exprgen.means._base import Mean
 from exprgen.means._checks import check_table, check_training, check_values, read_prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import pandas as pd
     from numpy.typing import ArrayLike
@@ -37,6 +37,8 @@ class FixedMean(Mean):
         the user's word that it never saw these cells, so that what it predicts of them is out of
         sample; or ``None`` if there are none.
     """
+
+    came_fitted = True
 
     def __init__(self, out_of_sample: OutOfSample = None) -> None:
         self._given = out_of_sample
@@ -228,12 +230,13 @@ class PrecomputedMean(FixedMean):
     Parameters
     ----------
     values
-        ``(n_obs, n_vars)``, in the order of the training cells.
+        ``(n_obs, n_vars)``, in the order of the training cells; ``None`` of a saved model, which
+        keeps no training cells.
     name
         What they are called, a layer say.
     """
 
-    def __init__(self, values: ArrayLike, *, name: str = "precomputed") -> None:
+    def __init__(self, values: ArrayLike | None, *, name: str = "precomputed") -> None:
         super().__init__(values)
         self._name = name
 
@@ -271,3 +274,14 @@ class PrecomputedMean(FixedMean):
                 f"({len(table)}, {self._n_vars or 'n_vars'})."
             )
         return check_values(mean, "mean", len(table), self._n_vars)
+
+    def state(self) -> dict[str, Any]:
+        """The name, and for how many genes. See :meth:`Mean.state`."""
+        return {"kind": "precomputed", "name": self._name, "n_vars": self._n_vars}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Undo :meth:`state`; the predictions themselves are not kept."""
+        mean = cls(None, name=str(state["name"]))
+        mean._n_vars = int(state["n_vars"])
+        return mean

@@ -26,7 +26,7 @@ from exprgen.means._encoding import Encoding
 from exprgen.means._fixed import given
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
 
@@ -110,14 +110,17 @@ class SklearnMean(Mean):
         seed: int | None = None,
     ) -> Self:
         """Fit a clone to all rows; do nothing if it came fitted. See :meth:`Mean.fit`."""
-        table, y, _ = check_training(table, y, weights)
+        table, y, mass = check_training(table, y, weights)
         if self.came_fitted:
             self._n_vars = y.shape[1]
             self.predict(table.iloc[:1])
             return self
         encoding = self._learn_encoding(table)
+        some = mass > 0
+        # Rows without weight are left out: most regressors take no weights.
+        of_some = None if np.ptp(mass[some]) == 0 else mass[some]
         with isolated(resolve_seed(seed)):
-            self.fitted = self._fit_clone(table, y, weights, encoding)
+            self.fitted = self._fit_clone(table[some], y[some], of_some, encoding)
         self._n_vars, self._encoding = y.shape[1], encoding
         return self
 
@@ -167,6 +170,35 @@ class SklearnMean(Mean):
                 fitted = self._fit_clone(table[~out], y[~out], part, encoding)
                 predicted[out] = self._predict(fitted, table[out], y.shape[1])
         return predicted
+
+    def state(self) -> dict[str, Any]:
+        """What was fitted, by skops, if it is of types that skops reads without being told to.
+
+        Linear models and pipelines are; ensembles of trees are not. See :meth:`Mean.state`.
+        """
+        from skops import io
+        from skops.io.exceptions import UnsupportedTypeException
+
+        if self.fitted is None:
+            raise RuntimeError(f"{self.name} has not been fitted; there is no state.")
+        try:
+            written = io.dumps(self.fitted)
+        except UnsupportedTypeException:
+            return super().state()
+        if io.get_untrusted_types(data=written):
+            return super().state()
+        stored = np.frombuffer(written, np.uint8)
+        return {"kind": "sklearn", "skops": stored, "n_vars": self._n_vars}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Undo :meth:`state`; types that skops does not trust by itself are refused."""
+        from skops import io
+
+        written = np.asarray(state["skops"], np.uint8).tobytes()
+        mean = cls(io.loads(written, trusted=[]))
+        mean._n_vars = int(state["n_vars"])
+        return mean
 
     def _learn_encoding(self, table: pd.DataFrame) -> Encoding | None:
         if self.inputs == "raw":

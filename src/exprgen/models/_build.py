@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from exprgen import _arguments
-from exprgen.densities import Gaussian, Mixture, NormalizingFlow, Path
+from exprgen.densities import (
+    Centred,
+    Gaussian,
+    Mixture,
+    NormalizingFlow,
+    Path,
+    StandardNormal,
+)
 from exprgen.module import ExpressionModule
 from exprgen.nn import GeneDenoiser
-from exprgen.spaces import ContinuousLatentSpace, GeneSpace, LatentSpace
+from exprgen.spaces import ContinuousLatentSpace, GeneSpace, LatentSpace, ResidualSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from exprgen.densities import ConditionalDensity
     from exprgen.likelihoods import Likelihood
     from exprgen.models._base import GenerativeModel
     from exprgen.spaces import Space
 
-__all__ = ["Architecture", "DensityName", "build_gene_module", "build_module"]
+__all__ = [
+    "Architecture",
+    "DensityName",
+    "build_gene_module",
+    "build_module",
+    "build_residual_module",
+    "refuse_useless",
+]
 
 # Of a path's network.
 _SHAPE = ("n_hidden", "n_layers")
@@ -61,7 +76,7 @@ class Architecture:
 
     def density_of(self, space: Space) -> ConditionalDensity:
         """The density of a space's y."""
-        sizes = space.n_dims, space.features.n_features
+        sizes = space.n_dims, 1 + sum(space.density_blocks)
         if self.density == "mixture":
             return Mixture(*sizes, n_components=self.n_components)
         return Gaussian(*sizes) if self.density == "gaussian" else NormalizingFlow(*sizes)
@@ -72,6 +87,7 @@ def build_module(
     law: Callable[[int], Likelihood],
     architecture: Architecture,
     path: Mapping[str, Any] | None = None,
+    has_mean: bool = False,
     **said: Any,
 ) -> None:
     """Give a model its module.
@@ -88,6 +104,8 @@ def build_module(
     path
         Arguments of the :class:`~exprgen.densities.Path` that is the density in the end; the
         architecture's is what the space is trained with then.
+    has_mean
+        Whether a predictor's mean comes with the conditions; models of counts only.
     **said
         What else the model's description should name.
     """
@@ -101,6 +119,7 @@ def build_module(
                 layout,
                 law(n_vars),
                 depth_is_observed=model._setup_args["size_factor_key"] is not None,
+                has_mean=has_mean,
                 **architecture.networks,
             )
         else:
@@ -108,8 +127,7 @@ def build_module(
         density = architecture.density_of(space)
         if path is None:
             return ExpressionModule(space, density)
-        sizes = space.n_dims, space.features.n_features
-        flow = Path(*sizes, blocks=space.features.blocks, depth_first=True, **path)
+        flow = _path_of(space, depth_first=True, **path)
         return ExpressionModule(space, flow, prior=density)
 
     if path is not None:
@@ -135,14 +153,71 @@ def build_gene_module(model: GenerativeModel, n_latent: int, path: Mapping[str, 
 
     def build() -> ExpressionModule:
         space = GeneSpace(len(model.var_names), model.schema.layout, n_latent=n_latent)
-        blocks = space.features.blocks
-        network = GeneDenoiser(space.scores, blocks, **{name: path[name] for name in _SHAPE})
+        shape = {name: path[name] for name in _SHAPE}
+        network = GeneDenoiser(space.scores, space.density_blocks, **shape)
         others = {name: value for name, value in path.items() if name not in _SHAPE}
-        sizes = space.n_dims, space.features.n_features
-        return ExpressionModule(space, Path(*sizes, blocks=blocks, network=network, **others))
+        return ExpressionModule(space, _path_of(space, network=network, **others))
 
     said = {"space": "genes", "n_latent": n_latent, "density": "path", **_named(path)}
     model._set_module(build, said)
+
+
+def build_residual_module(
+    model: GenerativeModel, n_latent: int, density: str, path: Mapping[str, Any]
+) -> None:
+    """Give a model of continuous values around a predictor's mean its module.
+
+    Parameters
+    ----------
+    model
+        Set up, without a module.
+    n_latent
+        Factors at most.
+    density
+        ``"path"``, ``"low_rank"`` or ``"gaussian"``.
+    path
+        Arguments of the :class:`~exprgen.densities.Path`, of its network as well.
+    """
+    _arguments.check_positive_int(n_latent, "n_latent")
+    _check_network(path)
+
+    def build() -> ExpressionModule:
+        space = ResidualSpace(
+            len(model.var_names),
+            model.schema.layout,
+            n_latent=n_latent,
+            is_correlated=density != "gaussian",
+        )
+        if density == "path":
+            return ExpressionModule(space, Centred(_path_of(space, **path)))
+        return ExpressionModule(space, StandardNormal(n_latent, 1 + sum(space.density_blocks)))
+
+    said = {"space": "residuals", "n_latent": n_latent, "density": density}
+    model._set_module(build, {**said, **_named(path)} if density == "path" else said)
+
+
+def refuse_useless(
+    model_class: type, said: Mapping[str, Any], names: Sequence[str], why: str
+) -> None:
+    """Refuse arguments that have no use for continuous values, where not left as they are.
+
+    Raises
+    ------
+    ValueError
+        If one of ``names`` in ``said`` is not the default of the class.
+    """
+    known = inspect.signature(model_class).parameters
+    for name in names:
+        if name in said and said[name] != known[name].default:
+            raise ValueError(
+                f"{name}={said[name]!r} has no use for continuous values: {why} Leave {name} out."
+            )
+
+
+def _path_of(space: Space, **path: Any) -> Path:
+    """A path of a space's y."""
+    blocks = space.density_blocks
+    return Path(space.n_dims, 1 + sum(blocks), blocks=blocks, **path)
 
 
 def _check_network(path: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
+    from exprgen.models._means import CodesWithMean
+
 __all__ = ["Cells", "GeneReader", "cell_keys", "library_of", "split_labels"]
 
 
@@ -64,7 +66,7 @@ class Cells:
     adata: AnnData
     reader: GeneReader
     rows: np.ndarray
-    codes: np.ndarray
+    codes: np.ndarray | CodesWithMean
     library: np.ndarray
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from exprgen.likelihoods._gaussian import Rectified
 from exprgen.models._cells import Cells, GeneReader, cell_keys, library_of, split_labels
 from exprgen.models._fields import CONDITIONS_KEY, encode_cells
 from exprgen.models._mudata import home_of, in_modality, own_names, read_modality, target_of
+from exprgen.models._query import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,6 +41,9 @@ class ModelCore(BaseModelClass):
 
     takes_continuous: ClassVar[bool] = False
     """Whether a model of counts takes continuous values as well, as they are."""
+
+    _refused_in_genes: ClassVar[tuple[str, ...]] = ("batch_key", "donor_key")
+    """Roles that have no place where continuous values are modelled in gene space."""
 
     module: ExpressionModule
     is_trained_: bool
@@ -147,7 +151,7 @@ class ModelCore(BaseModelClass):
         ValueError
             If the model is one in gene space.
         """
-        if not self.module.space.is_learned:
+        if not self.module.space.has_noise:
             raise ValueError(
                 f"{verb} needs a model that tells a cell's state from the noise of its values. "
                 f"This {type(self).__name__} models the values themselves, in gene space: given a "
@@ -156,7 +160,8 @@ class ModelCore(BaseModelClass):
 
     @property
     def _device(self) -> torch.device:
-        return self.module.device
+        # A buffer, because a module may have no parameter.
+        return self.module.initialized.device
 
     # How cells are read and results written ------------------------------------------------
 
@@ -240,6 +245,10 @@ class ModelCore(BaseModelClass):
                 ExtrapolationWarning,
                 stacklevel=4,
             )
+
+    def _ask(self, conditions: Any, **options: Any) -> Query:
+        """What a caller asks, see :func:`exprgen.models._query.ask`."""
+        return ask(self.schema, self._observed, conditions, **options)
 
     def _check_same_genes(self, adata: AnnData, *, quiet: bool = True) -> np.ndarray | None:
         """Column of ``adata`` for each of the model's genes; layers need all of them and no more.

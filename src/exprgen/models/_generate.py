@@ -17,7 +17,7 @@ from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks
-from exprgen.models._query import CELL, DONOR, TABLE, Query, ask, log_library
+from exprgen.models._query import CELL, DONOR, TABLE, Query, log_library
 from exprgen.models._statistics import Moments
 from exprgen.models._transport import decoder_under
 
@@ -105,9 +105,7 @@ class GenerateMixin(ModelCore):
         self._check_has_depth(library=library, default="sampled")
         self._check_has_depth(log_fold_change=log_fold_change)
         seed = resolve_seed(seed)
-        query = ask(
-            self.schema,
-            self._observed,
+        query = self._ask(
             self._readable(conditions),
             n_obs=n_obs,
             marginalize=marginalize,
@@ -195,9 +193,7 @@ class GenerateMixin(ModelCore):
         source = source.iloc[cells.rows]
         embedding = None if embedding is None else embedding[cells.rows]
         changed = self._changed(source, embedding, to)
-        query = ask(
-            self.schema,
-            self._observed,
+        query = self._ask(
             changed,
             on_extrapolation=on_extrapolation,
             rng=np.random.default_rng([seed, TABLE]),

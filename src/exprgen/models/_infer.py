@@ -148,7 +148,7 @@ class InferMixin(ModelCore):
             space).
         """
         self._check_trained()
-        if self.schema.condition_keys and self.module.space.is_learned:
+        if self.schema.condition_keys and self.module.space.has_noise:
             warnings.warn(
                 f"The latent representation is computed given {self.schema.condition_keys}: it "
                 "holds what these do not explain. Train without conditions for an unsupervised "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -12,7 +11,12 @@ import numpy as np
 from exprgen import _arguments
 from exprgen._errors import closest
 from exprgen.models._base import GenerativeModel
-from exprgen.models._build import Architecture, build_gene_module, build_module
+from exprgen.models._build import (
+    Architecture,
+    build_gene_module,
+    build_module,
+    refuse_useless,
+)
 from exprgen.models._cells import cell_keys
 from exprgen.models._presets import NBVAE, count_likelihood
 from exprgen.solvers import SOLVERS
@@ -64,22 +68,16 @@ class PathModel(GenerativeModel):
             said = {"likelihood": autoencoder["likelihood"], "dispersion": dispersion}
             build_module(self, law, architecture, path, **said)
             return
-        self._refuse_useless({**path, **autoencoder})
+        useless = [
+            name for name in (*self._AUTOENCODER, "target", "objective") if name != "n_latent"
+        ]
+        why = (
+            f"{type(self).__name__} models them in gene space, without an autoencoder, by a "
+            "network whose target is its own and whose size is density_hidden and density_layers."
+        )
+        refuse_useless(type(self), {**path, **autoencoder}, useless, why)
         path = {**path, "solver": path["solver"] or "arc", "target": "edm"}
         build_gene_module(self, autoencoder["n_latent"], path)
-
-    def _refuse_useless(self, said: dict[str, Any]) -> None:
-        """Refuse what has no use in gene space, where it is not left as it is."""
-        known = inspect.signature(type(self)).parameters
-        for name in (*self._AUTOENCODER, "target", "objective"):
-            if name == "n_latent" or name not in said or said[name] == known[name].default:
-                continue
-            raise ValueError(
-                f"{name}={said[name]!r} has no use for continuous values: {type(self).__name__} "
-                "models them in gene space, without an autoencoder, by a network whose target is "
-                f"its own. Leave {name} out. The network's size is density_hidden and "
-                "density_layers."
-            )
 
     @classmethod
     def from_autoencoder(cls, model: NBVAE, *, seed: int | None = None, **path: Any) -> Self:

@@ -16,7 +16,7 @@ from exprgen._errors import CovariateError
 from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
-from exprgen.models._query import CELL, TABLE, Query, ask, log_library, with_batch
+from exprgen.models._query import CELL, TABLE, Query, log_library, with_batch
 from exprgen.models._statistics import Moments, predictive_of_cell, predictive_of_mean
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class PredictMixin(ModelCore):
         split = self._split_of(conditions) if given else None
         if of == "mean":
             self._check_batch_given(conditions)
-        query = ask(
-            self.schema,
-            self._observed,
+        query = self._ask(
             conditions,
             draw_batch=False,
             unseen=unseen,
@@ -130,7 +128,7 @@ class PredictMixin(ModelCore):
         )
         rows = np.arange(len(query.table))
         log_depth = log_library("sampled" if library is None else library, rows, len(rows))
-        distinct = query.codes if log_depth is None else np.c_[query.codes, log_depth.numpy()]
+        distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
         _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
         names = [_slots.quantile_name(q) for q in quantiles]
         columns = slice(None) if selected is None else selected
@@ -140,10 +138,11 @@ class PredictMixin(ModelCore):
             noise = generator(seed, CELL, i)
             depth = None if log_depth is None else log_depth[row]
             decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
+            share = self._parameter_share(query, row)
             if of == "cell":
-                law = predictive_of_cell(self.module, decoded, donor, noise)
+                law = predictive_of_cell(self.module, decoded, donor, noise, share)
             else:
-                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells)
+                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells, share)
             for name, value in law.slots(quantiles, names).items():
                 value = value[columns]
                 if name not in results:
@@ -168,6 +167,12 @@ class PredictMixin(ModelCore):
             overwrite=overwrite,
             copy=copy,
         )
+
+    def _parameter_share(self, query: Query, row: int) -> Tensor | None:
+        """Share of a row's variance that a predictor's parameters leave, ``(n_vars,)``."""
+        c = torch.from_numpy(query.codes[[row]]).to(self._device)
+        share = self.module.space.parameter_share(c)
+        return None if share is None else share[0]
 
     def _check_batch_given(self, conditions: pd.DataFrame | Mapping[str, Any] | AnnData) -> None:
         """A mean's interval holds donors and cells, not batches: those must be known."""
@@ -199,7 +204,8 @@ class PredictMixin(ModelCore):
             rng = np.random.default_rng([seed, TABLE, row])
             table = with_batch(self.schema, self._observed, table, rng=rng)
             embedding = None if query.embedding is None else query.embedding[repeated]
-            codes = self.schema.encode(table, embedding, on_extrapolation="ignore")
+            encoded = self.schema.encode(table, embedding, on_extrapolation="ignore")
+            codes[:, : encoded.shape[1]] = encoded
         c = torch.from_numpy(codes).to(self._device)
         depth = None if log_depth is None else log_depth.expand(n_samples).to(self._device)
         _, decoded = self.module.sample(c, noise, log_depth=depth, **self._density_options)

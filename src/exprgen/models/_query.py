@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from exprgen._conditions import ConditionSchema
     from exprgen._observed import ObservedConditions
+    from exprgen.models._means import CodesWithMean
 
 __all__ = ["CELL", "DONOR", "TABLE", "Query", "ask", "log_library", "with_batch"]
 
@@ -47,11 +48,16 @@ class Query:
     """
 
     table: pd.DataFrame
-    codes: np.ndarray
+    codes: np.ndarray | CodesWithMean
     embedding: np.ndarray | None
     donors: np.ndarray
     rows: np.ndarray
     n_rows: int
+
+    @property
+    def keys(self) -> np.ndarray:
+        """What tells rows apart, ``(n, ...)``."""
+        return self.codes if isinstance(self.codes, np.ndarray) else self.codes.keys
 
 
 def ask(

@@ -362,11 +362,14 @@ def _check_sizes(
     arguments: Mapping[str, Any], weights: Mapping[str, Any], *, in_genes: bool = False
 ) -> None:
     """Refuse networks that the weights cannot fill, before memory is asked for them."""
-    sizes = ["n_latent", "density_hidden", "density_layers"]
+    sizes, density = ["n_latent"], arguments.get("density")
+    # Models of a density for choice have a path's network if they say so; flow models always.
+    if density == "path" or (density is None and ("solver" in arguments or in_genes)):
+        sizes += ["density_hidden", "density_layers"]
     if not in_genes:
         sizes += ["n_hidden", "n_layers"]
-        # Paths have a mixture as prior, and no choice.
-        sizes += ["n_components"] * (arguments.get("density", "mixture") == "mixture")
+        # Paths have a mixture as prior.
+        sizes += ["n_components"] * (density in (None, "mixture", "path"))
     shapes = [tuple(value.shape) for value in weights.values() if torch.is_tensor(value)]
     largest = max(len(shapes), *(n for shape in shapes for n in shape), 0)
     for name in sizes:

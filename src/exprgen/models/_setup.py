@@ -220,12 +220,12 @@ class SetupMixin(ModelCore):
             "give these.",
             cls.__name__,
         )
-        for name in ("batch_key", "donor_key"):
+        for name in cls._refused_in_genes:
             if (key := roles[name]) is not None:
                 raise SetupError(
-                    f"{name}={key!r}: batches and donors act in a decoder, and {cls.__name__} has "
-                    "none for continuous values. Give the column in categorical_condition_keys, "
-                    "give counts, or use exprgen.CondVAE."
+                    f"{name}={key!r} acts in a decoder, and {cls.__name__} has none for "
+                    "continuous values. Give the column in categorical_condition_keys, give "
+                    "counts, or use exprgen.CondVAE."
                 )
 
     @classmethod

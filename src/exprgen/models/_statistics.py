@@ -17,7 +17,7 @@ falls between two of them with the nominal probability or a little more.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,31 +55,41 @@ class Moments:
 
 @dataclass(frozen=True)
 class Predictive:
-    """Per gene: mean, the three terms of the variance, all ``(n_vars,)``, and draws.
+    """Per gene: mean, the terms of the variance, all ``(n_vars,)``, and draws.
 
-    ``draws`` is ``(n_samples, n_vars)``; ``donor`` is ``None`` without donors.
+    ``draws`` is ``(n_samples, n_vars)``; ``donor`` is ``None`` without donors, ``parameter``
+    where nothing knows what a predictor's parameters leave open.
     """
 
     mean: np.ndarray
     decoder: np.ndarray
     latent: np.ndarray
     donor: np.ndarray | None
+    parameter: np.ndarray | None
     draws: np.ndarray
 
     def slots(self, quantiles: Sequence[float], names: Sequence[str]) -> dict[str, np.ndarray]:
         """Values by the name of the slot they go to; ``names`` are the quantiles'."""
-        total = self.decoder + self.latent + (0 if self.donor is None else self.donor)
-        slots = {"mean": self.mean, "std": np.sqrt(total), "std_latent": np.sqrt(self.latent)}
-        if self.donor is not None:
-            slots["std_donor"] = np.sqrt(self.donor)
+        terms = {"latent": self.latent, "donor": self.donor, "parameter": self.parameter}
+        known = {f"std_{name}": term for name, term in terms.items() if term is not None}
+        total = self.decoder + sum(known.values())
+        slots = {"mean": self.mean, "std": np.sqrt(total)}
+        slots |= {name: np.sqrt(term) for name, term in known.items()}
         return slots | dict(zip(names, order_statistics(self.draws, quantiles), strict=True))
 
 
 @torch.no_grad()
 def predictive_of_cell(
-    module: ExpressionModule, decoded: Decoded, donor: int, generator: torch.Generator
+    module: ExpressionModule,
+    decoded: Decoded,
+    donor: int,
+    generator: torch.Generator,
+    parameter_share: Tensor | None = None,
 ) -> Predictive:
-    """Law of one cell's values from ``n_samples`` draws of the decoder's output, without donor."""
+    """Law of one cell's values from ``n_samples`` draws of the decoder's output, without donor.
+
+    Of the variance that is drawn, ``parameter_share`` ``(n_vars,)`` is a predictor's parameters'.
+    """
     likelihood, donors = module.space.likelihood, module.space.donors
     donor_variance = None
     if donors is None:
@@ -90,11 +100,17 @@ def predictive_of_cell(
         donor_variance = _array(between)
         effect = donors.draw(donor, len(decoded.location), generator)
         decoded = decoded._replace(location=donors.move(decoded.location, effect))
+    decoder, parameter = likelihood.variance(*decoded).double().mean(0), None
+    if parameter_share is not None:
+        share = parameter_share.double()
+        parameter = _array(share * (decoder + latent))
+        decoder, latent = (1 - share) * decoder, (1 - share) * latent
     return Predictive(
         mean=_array(mean),
-        decoder=_array(likelihood.variance(*decoded).double().mean(0)),
+        decoder=_array(decoder),
         latent=_array(latent),
         donor=donor_variance,
+        parameter=parameter,
         draws=likelihood.draw(decoded.location, generator, decoded.extra).numpy(),
     )
 
@@ -106,11 +122,15 @@ def predictive_of_mean(
     donor: int,
     generator: torch.Generator,
     n_cells: int | None,
+    parameter_share: Tensor | None = None,
 ) -> Predictive:
     """Law of the mean of ``n_cells`` cells of one donor (``None``: of infinitely many)."""
-    cell = predictive_of_cell(module, decoded, donor, generator)
+    cell = predictive_of_cell(module, decoded, donor, generator, parameter_share)
     share = 0.0 if n_cells is None else 1 / n_cells
+    # All cells of the mean share what is not known of the predictor's parameters.
     within = (cell.decoder + cell.latent) * share
+    if cell.parameter is not None:
+        within = within + cell.parameter
     likelihood, donors = module.space.likelihood, module.space.donors
     n = len(decoded.location)
     noise = torch.randn(decoded.location.shape, generator=generator).double().numpy()
@@ -122,7 +142,7 @@ def predictive_of_mean(
         centre = _array(donors.expected(likelihood, decoded, effect))
     lower = _array(torch.as_tensor(likelihood.lower))
     draws = np.clip(centre + np.sqrt(within) * noise, lower, None)
-    return Predictive(cell.mean, cell.decoder * share, cell.latent * share, cell.donor, draws)
+    return replace(cell, decoder=cell.decoder * share, latent=cell.latent * share, draws=draws)
 
 
 def order_statistics(draws: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:

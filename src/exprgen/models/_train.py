@@ -170,6 +170,7 @@ class TrainMixin(ModelCore):
         elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
+        dataset = self._with_training_means(dataset, train_idx, val_idx)
         data = CellDataModule(dataset, train_idx, val_idx, batch_size)
         module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
         # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
@@ -202,6 +203,10 @@ class TrainMixin(ModelCore):
                     finish=finish,
                     **runner_kwargs,
                 )
+            if not (has_autoencoder or module.has_density_stage):
+                # All of it is in closed form.
+                self.history_, self.is_trained_ = {}, True
+                module.eval()
             if module.has_density_stage:
                 first = {}
                 if has_autoencoder:
@@ -218,6 +223,12 @@ class TrainMixin(ModelCore):
                 )
                 self.history_ = {**first, **(self.history_ or {})}
         finish()
+
+    def _with_training_means(
+        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray
+    ) -> CellDataset:
+        """The cells, with what is known of their mean where a model has a predictor."""
+        return dataset
 
     def _run_stage(
         self,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from exprgen.densities import Path
-from exprgen.spaces import Decoded, GeneSpace
+from exprgen.spaces import Decoded, GeneSpace, ResidualSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,14 +87,19 @@ def decoder_under(
     Function of y ``(n_obs, n_dims)`` and the log depth ``(n_obs,)``, if there is one.
     """
     space, density = module.space, module.density
-    old, new = space.features.conditions(c), space.features.conditions(new_c)
+    old, new = space.density_features(c), space.density_features(new_c)
     if isinstance(space, GeneSpace) and isinstance(density, Path):
         # The path knows no means; what it makes of labels not seen together is the network's.
         return lambda y, _: space.decode(density.transport(y, old, new), new_c)
-    latent, effect = cast("Autoencoder", space), space.known_effect(new_c)
+    effect = space.known_effect(new_c)
+    if isinstance(space, ResidualSpace):
+        # The predictor says what changes; a cell keeps its factors.
+        return lambda y, _: space.decode(y, new_c, effect)
+    latent = cast("Autoencoder", space)
     prior = module.autoencoder_prior
     shift = prior.mean(new) - prior.mean(old)
-    relatives = _relatives(module, c, new_c, seen)
+    # What a predictor says of combinations never seen is in its mean.
+    relatives = [] if space.mean is not None else _relatives(module, c, new_c, seen)
 
     def decode(y: Tensor, log_depth: Tensor | None) -> Decoded:
         decoded = latent.decode_at((y + shift)[:, : latent.n_latent], log_depth, new_c, effect)
@@ -155,7 +160,7 @@ def _relatives(
     kinds, kind = np.unique(pairs, axis=0, return_inverse=True)
 
     def mean(c: Tensor) -> Tensor:
-        return prior.mean(space.features.conditions(c))
+        return prior.mean(space.density_features(c))
 
     def profile(c: Tensor) -> Tensor:
         decoded = space.decode_at(mean(c)[:, : space.n_latent], None, c)

@@ -4,7 +4,7 @@ from exprgen.nn._conditions import ConditionFeatures
 from exprgen.nn._denoiser import Denoiser
 from exprgen.nn._gene_denoiser import GeneDenoiser
 from exprgen.nn._mlp import Decoder, Encoder, hidden_stack
-from exprgen.nn._scores import NormalScores
+from exprgen.nn._scores import NormalScores, normal_density
 
 __all__ = [
     "ConditionFeatures",
@@ -14,4 +14,5 @@ __all__ = [
     "GeneDenoiser",
     "NormalScores",
     "hidden_stack",
+    "normal_density",
 ]

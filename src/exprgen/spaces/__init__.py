@@ -6,6 +6,7 @@ from exprgen.spaces._depth import Depth
 from exprgen.spaces._donor import AdditiveDonorEffect, DonorEffect
 from exprgen.spaces._gene import GeneSpace
 from exprgen.spaces._latent import LatentSpace
+from exprgen.spaces._residual import ResidualSpace
 
 __all__ = [
     "AdditiveDonorEffect",
@@ -17,5 +18,6 @@ __all__ = [
     "DonorEffect",
     "GeneSpace",
     "LatentSpace",
+    "ResidualSpace",
     "Space",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from exprgen.densities._base import gaussian_entropy
 from exprgen.nn import ConditionFeatures, Decoder, Encoder
+from exprgen.spaces._mean import KnownMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from exprgen.spaces._depth import Depth
     from exprgen.spaces._donor import DonorEffect
 
-__all__ = ["Autoencoder", "DataMoments", "Decoded", "Space"]
+__all__ = ["Autoencoder", "DataMoments", "Decoded", "GaussianPosterior", "Space"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class DataMoments:
     ``library`` ``(n_obs,)`` and ``inputs`` ``(n_obs, n_inputs)``, what the decoder reads besides
     z, and ``donors``, codes ``(n_obs,)``, are per cell; ``x``, ``x_square`` and ``library_x``
     ``(n_vars,)`` are Σx, Σx² and Σ library·x, ``inputs_x`` ``(n_inputs, n_vars)`` is Σ inputs·x;
-    ``minimum`` ``(n_vars,)`` is each gene's least value. ``values()`` reads cells themselves,
-    ``(n, n_vars)``, all or as many as are enough, drawn at random.
+    ``minimum`` ``(n_vars,)`` is each gene's least value. ``cells()`` reads cells themselves, all
+    or as many as are enough, drawn at random: expression ``(n, n_vars)``, encoded conditions and
+    library.
     """
 
     library: Tensor
@@ -42,7 +44,7 @@ class DataMoments:
     x_square: Tensor
     library_x: Tensor
     minimum: Tensor
-    values: Callable[[], Tensor] | None = None
+    cells: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 class Decoded(NamedTuple):
@@ -70,6 +72,8 @@ class Space(nn.Module, ABC):
         Columns of the encoded conditions.
     n_latent
         Dimensions of z.
+    has_mean
+        Whether conditions come with what a predictor says of them.
     """
 
     is_learned: ClassVar[bool] = True
@@ -87,12 +91,32 @@ class Space(nn.Module, ABC):
     donors: DonorEffect | None
     """Donors' random effects where a donor is registered."""
 
-    def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
+    has_noise: ClassVar[bool] = True
+    """Whether values have noise of their own, given y."""
+
+    def __init__(
+        self, n_vars: int, layout: ConditionLayout, *, n_latent: int, has_mean: bool = False
+    ) -> None:
         super().__init__()
         self.n_vars = n_vars
         self.n_latent = n_latent
         self.features = ConditionFeatures(layout)
         self.n_inputs = self.features.n_features + layout.n_batch
+        self.mean = KnownMean(layout, n_vars) if has_mean else None
+
+    @property
+    def density_blocks(self) -> list[int]:
+        """Width of each part of what a density reads, after the constant."""
+        own = [] if self.mean is None else [self.mean.n_axes]
+        return [*self.features.blocks, *own]
+
+    def density_features(self, c: Tensor) -> Tensor:
+        """What a density reads: conditions, and the axes of their mean if one is known.
+
+        Shape ``(n_obs, 1 + sum(density_blocks))``.
+        """
+        conditions = self.features.conditions(c)
+        return conditions if self.mean is None else torch.cat([conditions, self.mean(c)], 1)
 
     @abstractmethod
     def initialize(self, moments: DataMoments) -> None:
@@ -155,6 +179,13 @@ class Space(nn.Module, ABC):
         """Log depth that y stands for, ``(n_obs,)``."""
         return None
 
+    def parameter_share(self, c: Tensor) -> Tensor | None:
+        """Share of each value's variance that a predictor's parameters leave, if that is known.
+
+        Shape ``(n_obs, n_vars)``.
+        """
+        return None
+
     def known_effect(self, c: Tensor) -> Tensor | None:
         """Posterior mean of the cells' donors' effects, ``(n_obs, n_vars)``; 0 if unknown."""
         return None if self.donors is None else self.donors.known(self.features.donor(c))
@@ -164,41 +195,8 @@ class Space(nn.Module, ABC):
         return torch.cat([self.features.conditions(c), self.features.batch(c)], dim=1)
 
 
-class Autoencoder(Space):
-    """Encoder, decoder and likelihood; q(y | x, c) is a diagonal Gaussian.
-
-    Parameters
-    ----------
-    n_vars, layout, n_latent
-        See :class:`Space`.
-    likelihood
-        p(x | location, extra).
-    n_hidden, n_layers, dropout
-        Shape of encoder and decoder.
-    n_corrections
-        See :class:`~exprgen.nn.Encoder`.
-    """
-
-    def __init__(
-        self,
-        n_vars: int,
-        layout: ConditionLayout,
-        likelihood: Likelihood,
-        *,
-        n_latent: int,
-        n_hidden: int,
-        n_layers: int,
-        dropout: float,
-        n_corrections: int = 0,
-    ) -> None:
-        super().__init__(n_vars, layout, n_latent=n_latent)
-        n_features = self.features.n_features
-        shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
-        self.encoder = Encoder(n_vars, n_features, n_latent, n_corrections=n_corrections, **shape)
-        self.decoder = Decoder(
-            n_latent, self.n_inputs, n_vars, n_heads=likelihood.n_heads, **shape
-        )
-        self.likelihood = likelihood
+class GaussianPosterior(Space):
+    """A space in which q(y | x, c) is a diagonal Gaussian, and y is decoded to a likelihood."""
 
     def draw(self, mean: Tensor, sd: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw y from a Gaussian, ``(n_obs, n_dims)``."""
@@ -223,6 +221,44 @@ class Autoencoder(Space):
         self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
     ) -> Decoded:
         """What the likelihood reads, given z and the log depth ``(n_obs,)``, if there is one."""
+
+
+class Autoencoder(GaussianPosterior):
+    """Encoder, decoder and likelihood, learned together.
+
+    Parameters
+    ----------
+    n_vars, layout, n_latent, has_mean
+        See :class:`Space`.
+    likelihood
+        p(x | location, extra).
+    n_hidden, n_layers, dropout
+        Shape of encoder and decoder.
+    n_corrections
+        See :class:`~exprgen.nn.Encoder`.
+    """
+
+    def __init__(
+        self,
+        n_vars: int,
+        layout: ConditionLayout,
+        likelihood: Likelihood,
+        *,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout: float,
+        n_corrections: int = 0,
+        has_mean: bool = False,
+    ) -> None:
+        super().__init__(n_vars, layout, n_latent=n_latent, has_mean=has_mean)
+        n_features = self.features.n_features
+        shape: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
+        self.encoder = Encoder(n_vars, n_features, n_latent, n_corrections=n_corrections, **shape)
+        self.decoder = Decoder(
+            n_latent, self.n_inputs, n_vars, n_heads=likelihood.n_heads, **shape
+        )
+        self.likelihood = likelihood
 
     def to_effects(self, location: Tensor) -> Tensor:
         """Locations per unit of depth, on the scale on which effects of conditions add up."""

@@ -54,6 +54,7 @@ class GeneSpace(Space):
     """
 
     is_learned: ClassVar[bool] = False
+    has_noise: ClassVar[bool] = False
     likelihood: PointMass
 
     def __init__(self, n_vars: int, layout: ConditionLayout, *, n_latent: int) -> None:
@@ -66,9 +67,10 @@ class GeneSpace(Space):
     @torch.no_grad()
     def initialize(self, moments: DataMoments) -> None:
         """Start from the data: laws of the genes, principal axes of their scores."""
-        if moments.values is None:
-            raise ValueError("moments must have values: genes' laws are fitted to cells.")
-        self.scores.fit(moments.values(), moments.minimum)
+        if moments.cells is None:
+            raise ValueError("moments must have cells: genes' laws are fitted to them.")
+        x, _, _ = moments.cells()
+        self.scores.fit(x, moments.minimum)
         n_obs = len(moments.library)
         square = moments.x.square() / n_obs
         self.likelihood.initialize(

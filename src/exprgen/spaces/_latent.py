@@ -9,12 +9,17 @@ or another likelihood of counts with that mean, with log depth :math:`\ell`
 (:mod:`exprgen.spaces._donor`). The encoder reads expression and conditions, never the batch:
 the latent integrates, and cells of a new batch can be mapped. Where depth is a size factor of the
 user's, the modelled genes need not add up to it, and ρ is an exponential instead of a softmax.
+
+Where a predictor's mean :math:`\mu(c)` is known, on the scale log(1 + counts per
+:attr:`LatentSpace.unit` of depth), the decoder's f starts from it: its logarithm
+:math:`\log(e^{\mu} - 1 + \tfrac1{10})` is added to f, and effects of conditions, which are shrunk
+to none, are what the predictor misses.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -29,12 +34,15 @@ if TYPE_CHECKING:
 
     from exprgen._conditions import ConditionLayout
     from exprgen.likelihoods import Likelihood
+    from exprgen.spaces._mean import KnownMean
 
 __all__ = ["LatentSpace"]
 
 # What effects leave alone, per unit of depth, and how much of it a gene is left with at least.
 _LOG_FLOOR = math.log(1e-4)
 _LEAST = 1e-4
+# Of a known mean, per unit of depth: no predictor is sure that there will be none.
+_LEAST_KNOWN = 0.1
 
 
 class LatentSpace(Autoencoder):
@@ -54,9 +62,12 @@ class LatentSpace(Autoencoder):
         Shape of encoder and decoder.
     depth_is_observed
         Whether the library is a size factor given by the user.
+    has_mean
+        Whether a predictor's mean comes with the conditions.
     """
 
     depth: Depth
+    unit: Tensor
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class LatentSpace(Autoencoder):
         n_layers: int,
         dropout: float,
         depth_is_observed: bool,
+        has_mean: bool = False,
     ) -> None:
         super().__init__(
             n_vars,
@@ -79,6 +91,7 @@ class LatentSpace(Autoencoder):
             n_layers=n_layers,
             dropout=dropout,
             n_corrections=2,
+            has_mean=has_mean,
         )
         self.n_dims = n_latent + 1
         self.depth = Depth(self.n_inputs, layout.n_donor, observed=depth_is_observed)
@@ -86,11 +99,16 @@ class LatentSpace(Autoencoder):
             # Nothing to correct, and parallel training waits for every parameter's gradient.
             self.encoder.depth.requires_grad_(False)
         self.donors = DonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
+        if has_mean:
+            self.register_buffer("unit", torch.tensor(1e4))
 
     @torch.no_grad()
     def initialize(self, moments: DataMoments) -> None:
         """Start from the data: depth, mean expression, effects of labels, and the likelihood."""
         self.depth.fit(moments.library, moments.inputs, moments.donors)
+        if self.mean is not None:
+            self._initialize_around(self.mean, moments)
+            return
         library, square = moments.library.sum(), moments.library.square().sum()
         # Half a count in all the data for a gene that was never seen.
         rho = moments.x.clamp(min=0.5) / library
@@ -107,6 +125,32 @@ class LatentSpace(Autoencoder):
                 minimum=moments.minimum,
             )
         )
+
+    def _initialize_around(self, mean: KnownMean, moments: DataMoments) -> None:
+        """Start from a known mean: what it is off by per gene, and the likelihood."""
+        if moments.cells is None:
+            raise ValueError("moments must have cells: each has a mean of its own.")
+        x, c, library = moments.cells()
+        mean.fit(c)
+        expected = self._log_known(c).double().exp() * library.double()[:, None]
+        # Half a count in all the data for a gene that was never seen.
+        factor = x.sum(0).double().clamp(min=0.5) / expected.sum(0)
+        self.decoder.output.bias.copy_(factor.log())
+        expected = factor * expected
+        self.likelihood.initialize(
+            Start(
+                n_obs=len(x),
+                expected=expected.sum(0),
+                expected_square=expected.square().sum(0),
+                residual=(x.double() - expected).square().sum(0),
+                minimum=moments.minimum,
+            )
+        )
+
+    def _log_known(self, c: Tensor) -> Tensor:
+        """Logarithm of the known mean per unit of depth, ``(n_obs, n_vars)``."""
+        known = cast("KnownMean", self.mean).value(c).clamp(min=0)
+        return (known.expm1() + _LEAST_KNOWN).log() - self.unit.log()
 
     def depth_offset(self, c: Tensor) -> Tensor:
         """Expected log depth of each row of encoded conditions, ``(n_obs,)``."""
@@ -131,6 +175,8 @@ class LatentSpace(Autoencoder):
     def _composition(self, z: Tensor, c: Tensor) -> Decoded:
         """Log ρ(z, c), and the further heads."""
         logits, extra = self.decoder(z, self.inputs(c))
+        if self.mean is not None:
+            logits = logits + self._log_known(c)
         return Decoded(logits if self.depth.observed else logits.log_softmax(-1), extra)
 
     def log_composition(self, z: Tensor, c: Tensor) -> Tensor:

@@ -63,14 +63,14 @@ class CellDataset(Dataset):
     reader
         Has ``rows(index) -> (n, n_vars) float32`` and ``shape``.
     conditions
-        Encoded conditions, ``(n_obs, width)`` float32.
+        Encoded conditions, ``(n_obs, width)``, read by row numbers.
     library
         Totals of the counts, or the size factors, ``(n_obs,)``.
     """
 
-    def __init__(self, reader: Any, conditions: np.ndarray, library: np.ndarray) -> None:
+    def __init__(self, reader: Any, conditions: Any, library: Any) -> None:
         self.reader = reader
-        self.conditions = torch.from_numpy(np.ascontiguousarray(conditions, dtype=np.float32))
+        self.conditions = conditions
         self.library = torch.from_numpy(np.ascontiguousarray(library, dtype=np.float32))
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class CellDataset(Dataset):
         rows = np.asarray(index)
         return {
             "x": torch.from_numpy(self.reader.rows(rows)),
-            "c": self.conditions[rows],
+            "c": torch.from_numpy(np.ascontiguousarray(self.conditions[rows], np.float32)),
             "library": self.library[rows],
         }
 
@@ -157,7 +157,7 @@ class EncodedDataset(Dataset):
         for start in range(0, len(cells), block):
             batch = cells[np.arange(start, min(start + block, len(cells)))]
             x, c, library = (batch[key].to(device) for key in ("x", "c", "library"))
-            parts.append((*space.encode(x, c, library), space.features.conditions(c)))
+            parts.append((*space.encode(x, c, library), space.density_features(c)))
         tensors = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         self.mean, self.sd, self.features = tensors
 

@@ -28,22 +28,28 @@ def data_moments(
     minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
     x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
     inputs_x = torch.zeros(space.n_inputs, n_vars, dtype=torch.float64)
-    conditions, library = dataset.conditions[rows], dataset.library[rows].double()
-    inputs = space.inputs(conditions)
+    library, inputs, donors = dataset.library[rows].double(), [], []
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
-        counts = dataset[rows[part]]["x"].double()
+        batch = dataset[rows[part]]
+        counts, c = batch["x"].double(), batch["c"]
+        inputs.append(space.inputs(c))
+        donors.append(space.features.donor(c))
         x += counts.sum(0)
         x_square += counts.square().sum(0)
         minimum = torch.minimum(minimum, counts.amin(0))
         library_x += library[part] @ counts
-        inputs_x += inputs[part].double().T @ counts
-    donors = space.features.donor(conditions)
+        inputs_x += inputs[-1].double().T @ counts
     sums = inputs_x, x, x_square, library_x, minimum
-    return DataMoments(library, inputs, donors, *sums, values=partial(_values, dataset, rows))
+    return DataMoments(
+        library, torch.cat(inputs), torch.cat(donors), *sums, cells=partial(_cells, dataset, rows)
+    )
 
 
-def _values(dataset: CellDataset, rows: np.ndarray, at_most: int = 10_000) -> Tensor:
-    """Values of training cells, ``(n, n_vars)``; of many cells, of some at random."""
+def _cells(
+    dataset: CellDataset, rows: np.ndarray, at_most: int = 10_000
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, encoded conditions and library of training cells; of many cells, of some."""
     chosen = torch.randperm(len(rows))[:at_most].sort().values.numpy()
-    return dataset[rows[chosen]]["x"]
+    batch = dataset[rows[chosen]]
+    return batch["x"], batch["c"], batch["library"]

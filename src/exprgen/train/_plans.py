@@ -25,7 +25,7 @@ from exprgen._random import generator
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from exprgen.densities import Path
+    from exprgen.densities import Centred, Path
     from exprgen.module import ExpressionModule
     from exprgen.spaces import Autoencoder
 
@@ -371,9 +371,9 @@ class DensityTrainingPlan(StagePlan):
         return losses.mean(), [losses.sum()]
 
     @property
-    def density(self) -> Path:
+    def density(self) -> Path | Centred:
         """What is trained."""
-        return cast("Path", self.module.density)
+        return cast("Path | Centred", self.module.density)
 
     @torch.no_grad()
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
