@@ -48,6 +48,11 @@ class ExpressionModule(BaseModuleClass):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     @property
+    def device(self) -> torch.device:
+        """Where the module is; a buffer says it, for there may be no parameter."""
+        return cast("Tensor", self.initialized).device
+
+    @property
     def has_density_stage(self) -> bool:
         """Whether the density is trained by itself, after the autoencoder or without one."""
         if self.prior is not None:

@@ -154,6 +154,10 @@ class Path(ConditionalDensity):
                 dropout=dropout,
             )
         self.network = network
+        if self.condition_dropout == 0:
+            # Nothing is hidden, and parallel training waits for every parameter's gradient.
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(not name.endswith("null"))
         exact = self.n_path <= _N_EXACT_TRACE
         self.estimator = "exact up to the solver's error" if exact else "estimate"
         self.register_buffer("shift", torch.zeros(n_dims))

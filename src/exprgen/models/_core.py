@@ -160,8 +160,7 @@ class ModelCore(BaseModelClass):
 
     @property
     def _device(self) -> torch.device:
-        # A buffer, because a module may have no parameter.
-        return self.module.initialized.device
+        return self.module.device
 
     # How cells are read and results written ------------------------------------------------
 
