@@ -111,6 +111,18 @@ class Mean(ABC):
             out-of-sample predictions were given with it.
         """
 
+    def parameter_variance(self, table: pd.DataFrame) -> np.ndarray | None:
+        """Variance of :meth:`predict` from doubt about what was learned, ``(n_obs, n_vars)``.
+
+        In squared units of ``y``; ``None`` of a predictor that does not know it.
+
+        Raises
+        ------
+        RuntimeError, CovariateError
+            As :meth:`predict`.
+        """
+        return None
+
     def state(self) -> dict[str, Any]:
         """What was learned, as arrays and plain types, for files.
 
