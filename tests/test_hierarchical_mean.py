@@ -153,7 +153,7 @@ def test_what_genes_share_is_the_mode_by_the_dense_evidence():
             prior_variance=torch.full((2,), np.exp(logs["prior_variance"]), dtype=torch.float64),
             ratios=found.ratios,
             log_weights=torch.from_numpy(weights - special.logsumexp(weights)),
-            noise_dof=torch.tensor(2 + np.exp(logs["noise_dof"])),
+            noise_dof=torch.tensor(1 + np.exp(logs["noise_dof"])),
             noise_scale=torch.tensor(np.exp(logs["noise_scale"])),
         )
         prior = sum(stats.norm.logpdf(logs[name], *law) for name, law in _PRIORS.items())
@@ -163,7 +163,7 @@ def test_what_genes_share_is_the_mode_by_the_dense_evidence():
     second, first, _ = np.polyfit(away, found.log_weights.numpy(), 2)
     at = {
         "prior_variance": found.prior_variance[0].log().item(),
-        "noise_dof": (found.noise_dof - 2).log().item(),
+        "noise_dof": (found.noise_dof - 1).log().item(),
         "noise_scale": found.noise_scale.log().item(),
         "ratio_median": -first / (2 * second),
         "ratio_sd": 0.5 * np.log(-0.5 / second),
@@ -213,12 +213,12 @@ def test_with_many_donors_the_variances_are_those_of_reml():
     within = within - by_donor[:, None, None]
     noise = np.square(within).sum((0, 1, 2)) / (720 - 60 - 2)
     tau = np.square(by_donor).sum(0) / 59 - noise / 12
-    np.testing.assert_allclose(mean.noise_variance, noise, rtol=0.03)
+    np.testing.assert_allclose(mean.noise_variance, noise, rtol=0.05)
     assert np.abs(np.log(mean.donor_variance / tau.clip(0.01))).mean() < 0.08
     # Fewer cells of a donor, less of its own mean: n/(n + σ²/τ²).
-    share = 12 / (12 + noise / tau.clip(1e-3))
+    share = 12 / (12 + mean.noise_variance / mean.donor_variance)
     slope = (mean.donor_effects.mean * by_donor).sum(0) / np.square(by_donor).sum(0)
-    np.testing.assert_allclose(slope, share, atol=0.05)
+    np.testing.assert_allclose(slope, share, atol=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_parameters_and_new_donors_are_covered(three_donors):
     # The control has neither donors nor their part of the doubt, and is sure of itself in vain.
     pooled = HierarchicalMean().fit(pd.DataFrame({"kind": data["kind"].astype(str)}), data["y"])
     z = (data["mu"] - pooled.predict(KINDS)) / np.sqrt(pooled.parameter_variance(KINDS))
-    assert (np.abs(z) < stats.norm.ppf(0.95)).mean() < 0.7
+    assert (np.abs(z) < stats.norm.ppf(0.95)).mean() < 0.8
     assert not pooled.donor_variance.any()
     assert pooled.donor_effects.mean.shape == (0, 600)
 

@@ -1,4 +1,4 @@
-"""Training rows of the hierarchical mean: encoded, standardised by gene, with their donors."""
+"""Training rows of the hierarchical mean: encoded, centred, with their donors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Training(NamedTuple):
     sums: Sums
     encoding: Encoding
     centre: np.ndarray  # (n_vars,)
-    scale: np.ndarray  # (n_vars,), 0 of a gene that is constant
+    scale: np.ndarray  # (n_vars,); the same for all but 0 of a gene that is constant
     donors: pd.Index  # none if rows are independent
 
 
@@ -69,13 +69,17 @@ def read(
     encoding = Encoding.fit(table, categorical_keys=categorical_keys)
     centre = mass @ y / mass.sum()
     away = y - centre
-    scale = np.sqrt(mass @ np.square(away) / mass.sum())
-    # Rounding is no variation. Of a constant gene all variances are 0, as its scale is.
-    scale[scale <= 1e-10 * np.abs(centre)] = 0
+    spread = np.sqrt(mass @ np.square(away) / mass.sum())
+    varies = spread > 1e-10 * np.abs(centre)  # rounding is no variation
+    # One scale for all genes, as moderation compares their variances: a gene's own would be an
+    # estimate from the very rows that are to be moderated.
+    common = np.median(spread[varies]) if varies.any() else 1.0
     rows = Rows(
         design(encoding, table),
-        torch.from_numpy(np.divide(away, scale, out=np.zeros_like(y), where=scale > 0)),
+        torch.from_numpy(np.where(varies, away / common, 0.0)),
         torch.from_numpy(mass),
         torch.from_numpy(codes),
     )
-    return Training(rows, Sums.of(rows, max(len(donors), 1)), encoding, centre, scale, donors)
+    return Training(
+        rows, Sums.of(rows, max(len(donors), 1)), encoding, centre, varies * common, donors
+    )

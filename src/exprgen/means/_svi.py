@@ -4,11 +4,12 @@ Coefficients, donors' effects and noise are integrated out in closed form
 (:mod:`!exprgen.means._mixed`), and the ratio of variances of each gene is summed over by Pyro's
 enumeration. What is left are a few numbers that all genes share; their guide is a point mass, so
 that SVI :cite:p:`bingham2019` climbs to the mode of their posterior: empirical Bayes. scvi-tools'
-plan for Pyro modules takes the steps. The priors are weak; expression is standardised:
+plan for Pyro modules takes the steps. The priors are weak; expression is centred,
+its median standard deviation over genes 1:
 
 ============================ ==========================================
 v of a column's coefficients log-normal, median 1, sd of the log 3
-:math:`d_0 - 2`              log-normal, median 8, sd of the log 1.5
+:math:`d_0 - 1`              log-normal, median 8, sd of the log 1.5
 :math:`s_0^2`                log-normal, median 0.5, sd of the log 2
 median of λ over genes       log-normal, median 0.1, sd of the log 3
 sd of log λ over genes       log-normal, median 1, sd of the log 0.5
@@ -91,7 +92,7 @@ def _hyperparameters(logs: dict[str, Tensor], ratios: Tensor, columns: Tensor) -
         prior_variance=logs["prior_variance"][columns].exp(),
         ratios=ratios,
         log_weights=log_weights,
-        noise_dof=2 + logs["noise_dof"].exp(),
+        noise_dof=1 + logs["noise_dof"].exp(),
         noise_scale=logs["noise_scale"].exp(),
     )
 
