@@ -329,6 +329,16 @@ def test_out_of_sample_is_that_of_the_same_prior(rows, monkeypatch):
     np.testing.assert_allclose(found[7], data.centre + data.scale * expected, atol=1e-9)
 
 
+def test_without_conditions_the_mean_is_that_of_donors_alike(rows):
+    _, y, donor = rows
+    nothing = pd.DataFrame(index=range(len(y)))
+    mean = HierarchicalMean().fit(nothing, y, groups=donor)
+    np.testing.assert_allclose(mean.predict(nothing)[7], y.mean(0))
+    assert mean.predict(nothing[:0]).shape == mean.parameter_variance(nothing[:0]).shape == (0, 8)
+    found = mean.out_of_sample(nothing, y, donor)
+    np.testing.assert_allclose(found[0], y[donor != donor[0]].mean(0))
+
+
 def test_constant_genes_are_known_for_sure(rows):
     table, y, donor = rows
     y[:, 2] = 0.1

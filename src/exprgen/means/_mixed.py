@@ -238,9 +238,13 @@ class Posterior(NamedTuple):
     def donors(self, sums: Sums, ratios: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the donors' effects, each ``(n_donors, n_vars)``."""
         rho = given_coefficients(ratios, sums)
-        means = rho[:, :, None] * (sums.y - sums.z @ self.coefficients)
-        spread = rho + rho.square() * ((sums.z @ self.covariance) * sums.z).sum(2)
-        return self._mix(means, spread)
+        mean, variance = torch.empty_like(sums.y), torch.empty_like(sums.y)
+        for at in blocks(len(sums.y), self.weights.numel()):
+            z, share = sums.z[at], rho[:, at]
+            spread = share + share.square() * ((z @ self.covariance) * z).sum(2)
+            away = sums.y[at] - z @ self.coefficients
+            mean[at], variance[at] = self._mix(share[:, :, None] * away, spread)
+        return mean, variance
 
     def _mix(self, means: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Moments of the mixture; means ``(K, n, n_vars)``, variances over noise ``(K, n)``."""

@@ -70,13 +70,18 @@ def learn(
         Steps of Adam, whose rate falls.
     progress_bar
         Whether to show one.
+
+    Raises
+    ------
+    TrainingDivergedError
+        If the loss is not finite.
     """
     import pyro
 
     # Nothing is left in Pyro's global store, nor lost from it; no draw matters.
-    with isolated(0), quiet_lightning(), pyro.get_param_store().scope():
+    store = pyro.get_param_store()
+    with isolated(0), quiet_lightning(), torch.enable_grad(), store.scope():
         pyro.clear_param_store()
-        values: dict[str, Tensor] = {}
         model = _model(Collapsed.of(sums, ratios), ratios, columns)
         guide = _train(model, n_steps, progress_bar)
         values = {name: value.detach() for name, value in guide().items()}
