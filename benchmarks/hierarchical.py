@@ -12,6 +12,7 @@ out is predicted. Methods:
   spread likewise.
 - *hierarchical*: donors as random effects; spread from parameters, donor and noise. *Without
   donors*: the same model that ignores them.
+- *weighted*: pseudobulks count for their numbers of cells, and those of few cells are noisier.
 
 ``MSE`` is over genes and types, ``CRPS`` that of a normal law with the method's mean and spread,
 ``coverage`` the share of values in its 90 % interval, ``median gene`` that of the median gene,
@@ -48,7 +49,7 @@ def main() -> None:
     table, y = pseudobulks(args)
     say(f"{len(y)} pseudobulks of {table['donor'].nunique()} donors x {y.shape[1]} genes")
     rows = pd.DataFrame([*new_donors(table, y, args), *known_donors(table, y, args)])
-    write(args, "hierarchical", rows, markdown(rows))
+    write(args, "hierarchical", rows, donor_share(table, y) + markdown(rows))
     say("done")
 
 
@@ -66,9 +67,26 @@ def pseudobulks(args: argparse.Namespace) -> tuple[pd.DataFrame, np.ndarray]:
     return table[kept].reset_index(drop=True), y
 
 
-def pooled(train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame) -> Law:
-    mean = RidgeMean().fit(train[[TYPE]], y)
-    return mean.predict(test[[TYPE]]), residual_variance(train[[TYPE]], y, len(test))
+def donor_share(table: pd.DataFrame, y: np.ndarray) -> str:
+    """How much of the variance between pseudobulks of one type is the donors'."""
+    text = []
+    for name, weights in (("equal weights", None), ("weighted by cells", table["cells"])):
+        mean = HierarchicalMean().fit(table[[TYPE]], y, weights, groups=table["donor"].to_numpy())
+        share = mean.donor_variance / (mean.donor_variance + mean.noise_variance)
+        low, middle, high = np.quantile(share, (0.05, 0.5, 0.95))
+        text.append(f"{name}: {middle:.3f} in the median gene, {low:.3f} to {high:.3f} in 90 %")
+    return f"Donors' share of the variance within types, {'; '.join(text)}.\n\n"
+
+
+def pooled(
+    train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame, *, weighted: bool = False
+) -> Law:
+    weights = train["cells"].to_numpy(float) if weighted else None
+    mean = RidgeMean().fit(train[[TYPE]], y, weights)
+    noise = residual_variance(train[[TYPE]], y, len(test), weights)
+    if weighted:
+        noise *= train["cells"].mean() / test[["cells"]].to_numpy()
+    return mean.predict(test[[TYPE]]), noise
 
 
 def as_condition(train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame) -> Law:
@@ -78,9 +96,13 @@ def as_condition(train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame) -> Law:
     return np.mean(donors, axis=0), residual_variance(inputs, y, len(test))
 
 
-def residual_variance(inputs: pd.DataFrame, y: np.ndarray, n: int) -> np.ndarray:
-    away = y - RidgeMean().out_of_sample(inputs, y)
-    return np.tile(np.square(away).mean(0), (n, 1))
+def residual_variance(
+    inputs: pd.DataFrame, y: np.ndarray, n: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Of a row of mean weight, ``(n, n_vars)``."""
+    away = y - RidgeMean().out_of_sample(inputs, y, weights=weights)
+    share = np.ones(len(y)) if weights is None else weights / weights.mean()
+    return np.tile((share[:, None] * np.square(away)).mean(0), (n, 1))
 
 
 def hierarchical(
@@ -104,9 +126,12 @@ def hierarchical(
 NEW: dict[str, Callable[..., Law]] = {
     "pooled": pooled,
     "donor as a condition": as_condition,
-    "hierarchical, without donors": lambda *rows: hierarchical(*rows, donors=False),
     "hierarchical": hierarchical,
-    "hierarchical, weighted by cells": lambda *rows: hierarchical(*rows, weighted=True),
+    "weighted: pooled": lambda *rows: pooled(*rows, weighted=True),
+    "weighted: hierarchical without donors": lambda *rows: hierarchical(
+        *rows, donors=False, weighted=True
+    ),
+    "weighted: hierarchical": lambda *rows: hierarchical(*rows, weighted=True),
 }
 
 
@@ -177,22 +202,21 @@ def types_of_known(
     kind, both = [TYPE], [TYPE, "donor"]
     squares = SklearnMean(LinearRegression()).fit(train[both], y, seed=0)
     found = []
-    for name, weights in (
-        ("hierarchical", None),
-        ("hierarchical, weighted by cells", train["cells"].to_numpy(float)),
-    ):
+    cells = train["cells"].to_numpy(float)
+    for name, weights in (("hierarchical", None), ("weighted: hierarchical", cells)):
         mean = HierarchicalMean().fit(train[kind], y, weights, groups=train["donor"].to_numpy())
         effects, population = mean.donor_effects, mean.predict(test[kind])
         own = effects.mean[effects.donors.get_indexer(test["donor"])]
         found += [
-            (f"{name}: a new donor's mean", population),
-            (f"{name}: its own", population + own),
+            (f"{name}, a new donor's mean", population),
+            (f"{name}, its own", population + own),
         ]
     return [
         ("pooled", RidgeMean().fit(train[kind], y).predict(test[kind])),
         ("donor as a condition", RidgeMean().fit(train[both], y).predict(test[both])),
         ("donor as a condition, not shrunk", squares.predict(test[both])),
         *found,
+        ("weighted: pooled", RidgeMean().fit(train[kind], y, cells).predict(test[kind])),
     ]
 
 
