@@ -31,6 +31,7 @@ from exprgen.means import (
     CallableMean,
     Encoding,
     GroupMeans,
+    HierarchicalMean,
     Mean,
     PrecomputedMean,
     RidgeMean,
@@ -470,7 +471,9 @@ def test_a_layer_knows_its_own_cells_only(rows):
 # ---------------------------------------------------------------------- conditions, arguments
 
 
-@pytest.mark.parametrize("mean", [RidgeMean(), SklearnMean(LinearRegression()), GroupMeans()])
+@pytest.mark.parametrize(
+    "mean", [RidgeMean(), SklearnMean(LinearRegression()), GroupMeans(), HierarchicalMean()]
+)
 def test_unseen_labels_and_missing_columns_are_errors(rows, mean):
     table, y, _ = rows
     table = labels_of(table)
@@ -485,7 +488,9 @@ def test_unseen_labels_and_missing_columns_are_errors(rows, mean):
     np.testing.assert_array_equal(mean.predict(plain[plain.columns[::-1]]), mean.predict(table))
 
 
-@pytest.mark.parametrize("mean", [RidgeMean(), GroupMeans(), SklearnMean(Ridge())])
+@pytest.mark.parametrize(
+    "mean", [RidgeMean(), GroupMeans(), SklearnMean(Ridge()), HierarchicalMean()]
+)
 def test_nothing_is_predicted_before_a_fit(rows, mean):
     with pytest.raises(RuntimeError, match=r"call fit\(table, y\) first"):
         mean.predict(rows[0])
@@ -508,7 +513,7 @@ def test_nothing_is_predicted_before_a_fit(rows, mean):
         ({"groups": [None, *range(N - 1)]}, CovariateError, "groups has 1 missing.*row 0"),
     ],
 )
-@pytest.mark.parametrize("mean", ["ridge", "group", Remembering()])
+@pytest.mark.parametrize("mean", ["ridge", "group", "hierarchical", Remembering()])
 def test_faulty_arguments(rows, mean, changed, error, message):
     table, y, _ = rows
     arguments = {"table": labels_of(table), "y": y, "seed": 0} | changed
@@ -536,6 +541,7 @@ def test_faulty_folds_penalties_and_columns(rows):
     [
         ("ridge", RidgeMean),
         ("group", GroupMeans),
+        ("hierarchical", HierarchicalMean),
         ("gem", PrecomputedMean),
         (Ridge(), SklearnMean),
         (torch.nn.Linear(2, 2), TorchMean),
@@ -553,7 +559,12 @@ def test_what_may_stand_for_a_mean(mean, kind):
 @pytest.mark.parametrize(
     ("mean", "options", "error", "message"),
     [
-        (3, {}, TypeError, "mean must be 'ridge', 'group', the name of a layer.*got int"),
+        (
+            3,
+            {},
+            TypeError,
+            "mean must be 'ridge', 'group', 'hierarchical', the name of a layer.*got int",
+        ),
         (None, {}, TypeError, "got NoneType"),
         ("rigde", {}, KeyError, "mean='rigde'.*layers are: 'gem'.*Did you mean 'ridge'"),
         ("gm", {}, KeyError, "Did you mean 'gem'"),
@@ -574,7 +585,7 @@ def test_what_may_not(mean, options, error, message):
 # ---------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("mean", ["ridge", "group"])
+@pytest.mark.parametrize("mean", ["ridge", "group", "hierarchical"])
 def test_states_go_through_files_without_pickle(rows, mean):
     table, y, donor = rows
     table = labels_of(table).assign(donor=donor)

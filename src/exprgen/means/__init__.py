@@ -12,8 +12,9 @@ its donor, or one of K parts (cross-fitting :cite:p:`chernozhukov2018`). A new d
 in for by folds that hold donors whole.
 
 Every predictor is a :class:`Mean`, and reads a table of the raw columns of conditions.
-:class:`GroupMeans` and :class:`RidgeMean` leave out rows and groups in closed form,
-:class:`SklearnMean` is fitted once per fold. One that comes fitted (:class:`TorchMean`,
+:class:`GroupMeans`, :class:`RidgeMean` and :class:`HierarchicalMean`, which knows donors and how
+sure it is of itself, leave out rows and groups in closed form. :class:`SklearnMean` is fitted once
+per fold. One that comes fitted (:class:`TorchMean`,
 :class:`CallableMean`, a fitted scikit-learn regressor, :class:`PrecomputedMean`) is never
 refitted: its out-of-sample predictions have to be given. :func:`as_mean` makes one of what a user
 names.
@@ -24,14 +25,17 @@ from exprgen.means._base import Mean
 from exprgen.means._encoding import Encoding
 from exprgen.means._fixed import CallableMean, FixedMean, PrecomputedMean, TorchMean
 from exprgen.means._groups import GroupMeans
+from exprgen.means._hierarchical import DonorEffects, HierarchicalMean
 from exprgen.means._ridge import RidgeMean
 from exprgen.means._sklearn import SklearnMean
 
 __all__ = [
     "CallableMean",
+    "DonorEffects",
     "Encoding",
     "FixedMean",
     "GroupMeans",
+    "HierarchicalMean",
     "Mean",
     "PrecomputedMean",
     "RidgeMean",

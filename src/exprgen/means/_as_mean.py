@@ -10,6 +10,7 @@ from exprgen._errors import CheckpointError, closest, name_some
 from exprgen.means._base import Mean
 from exprgen.means._fixed import CallableMean, PrecomputedMean, TorchMean
 from exprgen.means._groups import GroupMeans
+from exprgen.means._hierarchical import HierarchicalMean
 from exprgen.means._ridge import RidgeMean
 from exprgen.means._sklearn import SklearnMean
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["as_mean", "from_state"]
 
-BUILT_IN: dict[str, type[GroupMeans | RidgeMean]] = {"ridge": RidgeMean, "group": GroupMeans}
+BUILT_IN: dict[str, type[GroupMeans | RidgeMean | HierarchicalMean]] = {
+    "ridge": RidgeMean,
+    "group": GroupMeans,
+    "hierarchical": HierarchicalMean,
+}
 
 
 def as_mean(
@@ -35,9 +40,10 @@ def as_mean(
     Parameters
     ----------
     mean
-        ``"ridge"``; ``"group"``; the name of a layer that holds out-of-sample predictions; a
-        scikit-learn regressor, fitted or not; a trained ``torch.nn.Module``; a callable on the
-        table of conditions; or a :class:`~exprgen.means.Mean`, which is returned as it is.
+        ``"ridge"``; ``"group"``; ``"hierarchical"``; the name of a layer that holds out-of-sample
+        predictions; a scikit-learn regressor, fitted or not; a trained ``torch.nn.Module``; a
+        callable on the table of conditions; or a :class:`~exprgen.means.Mean`, which is returned
+        as it is.
     layers
         Arrays ``(n_obs, n_vars)`` by name: where layers are looked up.
     out_of_sample
@@ -82,8 +88,8 @@ def as_mean(
         return mean
     if not isinstance(mean, str):
         raise TypeError(
-            "mean must be 'ridge', 'group', the name of a layer, a scikit-learn regressor, a "
-            "torch.nn.Module, a callable on the table of conditions or a Mean; got "
+            "mean must be 'ridge', 'group', 'hierarchical', the name of a layer, a scikit-learn "
+            "regressor, a torch.nn.Module, a callable on the table of conditions or a Mean; got "
             f"{type(mean).__name__}."
         )
     if mean in BUILT_IN:
@@ -91,8 +97,8 @@ def as_mean(
     if mean in layers:
         return PrecomputedMean(layers[mean], name=mean)
     raise KeyError(
-        f"mean={mean!r} is neither 'ridge' nor 'group' nor a layer; layers are: {_names(layers)}."
-        f"{closest(mean, [*BUILT_IN, *_known(layers)])}"
+        f"mean={mean!r} is none of {name_some(BUILT_IN)}, and no layer; layers are: "
+        f"{_names(layers)}.{closest(mean, [*BUILT_IN, *_known(layers)])}"
     )
 
 

@@ -10,7 +10,14 @@ import pandas as pd
 from exprgen._arguments import check_positive_int
 from exprgen._errors import CovariateError, name_some
 
-__all__ = ["check_groups", "check_training", "check_values", "fold_numbers", "read_prediction"]
+__all__ = [
+    "check_groups",
+    "check_training",
+    "check_values",
+    "fold_numbers",
+    "left_out_units",
+    "read_prediction",
+]
 
 
 def check_training(
@@ -107,8 +114,10 @@ def read_prediction(values: Any, table: pd.DataFrame, n_vars: int | None, what: 
     return check_values(values, what, len(table), n_vars)
 
 
-def check_groups(groups: Any, n_obs: int) -> np.ndarray:
+def check_groups(groups: Any, n_obs: int, what: str = "groups") -> np.ndarray:
     """Return codes 0, 1, ... of the groups that are left out together, ``(n_obs,)``.
+
+    ``what`` is what messages call them.
 
     Raises
     ------
@@ -123,18 +132,32 @@ def check_groups(groups: Any, n_obs: int) -> np.ndarray:
         return np.arange(n_obs)
     column = pd.Series(groups).reset_index(drop=True)
     if len(column) != n_obs:
-        raise ValueError(f"groups has {len(column)} entries; table has {n_obs} rows.")
+        raise ValueError(f"{what} has {len(column)} entries; table has {n_obs} rows.")
     codes, labels = pd.factorize(column)
     if (codes < 0).any():
         raise CovariateError(
-            f"groups has {(codes < 0).sum()} missing values, first in row "
+            f"{what} has {(codes < 0).sum()} missing values, first in row "
             f"{int((codes < 0).argmax())}. Give each such row a label of its own."
         )
     if len(labels) < 2:
         raise ValueError(
-            f"groups has one label only, {labels[0]!r}: without it no row is left to fit."
+            f"{what} has one label only, {labels[0]!r}: without it no row is left to fit."
         )
     return codes
+
+
+def left_out_units(groups: Any, mass: np.ndarray) -> np.ndarray | None:
+    """Codes of what is left out together, ``(n_obs,)``; ``None`` for rows.
+
+    Raises
+    ------
+    ValueError, CovariateError
+        As :func:`check_groups`, or if weights leave nothing beside one row or group.
+    """
+    units = check_groups(groups, len(mass))
+    if np.bincount(units, mass > 0).max() == np.count_nonzero(mass):
+        raise ValueError("weights are 0 outside one row or group: nothing is left to fit.")
+    return None if groups is None else units
 
 
 def fold_numbers(units: np.ndarray, n_folds: int, seed: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from scipy import linalg
 
 from exprgen._arguments import check_number
 from exprgen.means._base import Mean
-from exprgen.means._checks import check_groups, check_training
+from exprgen.means._checks import check_training, left_out_units
 from exprgen.means._encoding import Encoding
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class RidgeMean(Mean):
         With ``groups`` the penalty is the one that :meth:`out_of_sample` chooses for them.
         """
         rows, encoding, centre = self._rows(table, y, weights)
-        penalty = self.penalty or _best_penalty(rows, _units(rows, groups))
+        penalty = self.penalty or _best_penalty(rows, left_out_units(groups, rows.mass))
         self._coefficients = _solve(rows.gram, rows.cross, penalty)
         self._coefficients[0] += centre
         self._encoding, self.chosen_penalty = encoding, penalty
@@ -121,7 +121,7 @@ class RidgeMean(Mean):
         :meth:`Mean.out_of_sample`.
         """
         rows, _, centre = self._rows(table, y, weights)
-        units = _units(rows, groups)
+        units = left_out_units(groups, rows.mass)
         penalty = self.penalty or _best_penalty(rows, units)
         if units is None:
             residuals = rows.y - rows.z @ _solve(rows.gram, rows.cross, penalty)
@@ -181,14 +181,6 @@ class _Rows(NamedTuple):
 def _rows(z: np.ndarray, y: np.ndarray, mass: np.ndarray) -> _Rows:
     weighted = z * mass[:, None]
     return _Rows(z, y, mass, weighted.T @ z, weighted.T @ y)
-
-
-def _units(rows: _Rows, groups: np.ndarray | None) -> np.ndarray | None:
-    """Codes of what is left out together, None for rows; raises if nothing would be left."""
-    units = check_groups(groups, len(rows.z))
-    if np.bincount(units, rows.mass > 0).max() == np.count_nonzero(rows.mass):
-        raise ValueError("weights are 0 outside one row or group: nothing is left to fit.")
-    return None if groups is None else units
 
 
 def _by_unit(rows: _Rows, units: np.ndarray) -> Iterator[tuple[np.ndarray, _Rows]]:

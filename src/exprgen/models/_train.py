@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from scvi.train import TrainRunner
 
 from exprgen import _arguments
 from exprgen._errors import closest
+from exprgen._quiet import quiet_lightning
 from exprgen._random import isolated
 from exprgen.models._cells import cell_keys, split_labels
 from exprgen.models._core import ModelCore
@@ -35,7 +34,7 @@ from exprgen.train import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lightning.pytorch import Callback
 
@@ -185,7 +184,7 @@ class TrainMixin(ModelCore):
             **trainer_kwargs,
         }
         finish = partial(self._finish, data, keys)
-        with isolated(self.seed_), _quiet_lightning():
+        with isolated(self.seed_), quiet_lightning():
             # In gene space nothing is learned but of these cells, and the density of their scores.
             if not (module.initialized and module.space.is_learned):
                 module.space.initialize(data_moments(dataset, train_idx, module.space))
@@ -392,17 +391,3 @@ class TrainMixin(ModelCore):
         n_validation = math.floor(n_obs * validation_size + 1e-9)
         n_train = min(math.ceil(n_obs * train_size - 1e-9), n_obs - n_validation)
         return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Leave out what Lightning says of devices, products and its own future; the rest stays."""
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = rank_zero.level
-    rank_zero.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
-            yield
-    finally:
-        rank_zero.setLevel(level)
