@@ -72,7 +72,11 @@ VARIANTS = {
     "ExprFlow, genes": (ExprFlow, {**SMALL, "in_genes": True}, [EVERYTHING]),
     "ExprDiffusion, genes": (ExprDiffusion, {**SMALL, "in_genes": True}, ["no condition"]),
     "Hybrid": (HybridResidualModel, {}, ["no condition", EVERYTHING, DONOR, SIZE]),
-    "Hybrid, path": (HybridResidualModel, {**SMALL, "density": "path", "mean": "group"}, ["label"]),
+    "Hybrid, path": (
+        HybridResidualModel,
+        {**SMALL, "density": "path", "mean": "group"},
+        ["label"],
+    ),
     "Hybrid, residuals": (
         HybridResidualModel,
         {**SMALL, "in_genes": True},
@@ -464,9 +468,7 @@ def test_leaving_conditions_to_the_model_draws_them_as_trained(case):
         assert agreement.mean() < 0.5
 
 
-COUNTS = [
-    c for c in CASES if c.values[0][0].needs_counts and "in_genes" not in c.values[0][1]
-]
+COUNTS = [c for c in CASES if c.values[0][0].needs_counts and "in_genes" not in c.values[0][1]]
 
 
 @pytest.mark.parametrize("case", COUNTS, indirect=True)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Dispersion
     from exprgen.models._cells import Cells
     from exprgen.models._query import Query
-    from exprgen.spaces import LatentSpace
+    from exprgen.spaces import KnownMean, LatentSpace
 
 __all__ = ["HybridResidualModel"]
 
@@ -188,30 +188,37 @@ class HybridResidualModel(GenerativeModel):
         options = {"n_folds": self.init_params_["non_kwargs"]["n_folds"], "seed": self.seed_}
         if self.mean.came_fitted:
             # What was predicted elsewhere is in the order of all registered cells.
-            predicted = self.mean.out_of_sample(inputs, y)
+            left_out = self.mean.out_of_sample(inputs, y)
             self.mean.fit(inputs, y)
+            means = (
+                left_out if isinstance(self.mean, PrecomputedMean) else self.mean.predict(inputs)
+            )
             variance = self.mean.parameter_variance(inputs)
         else:
             # Labels that only validation cells have are known, by a weight of 0.
             rows = np.sort(np.r_[train_idx, val_idx])
-            used = np.isin(rows, train_idx)
-            some, weights = inputs.iloc[rows], used.astype(float)
-            of_row = None if groups is None else groups[rows]
-            self.mean.fit(some, y[rows], weights, groups=of_row, seed=self.seed_)
-            predicted = np.zeros_like(y)
-            predicted[rows] = self.mean.predict(some)
+            weights = np.isin(rows, train_idx).astype(float)
+            of_rows = None if groups is None else groups[rows]
+            self.mean.fit(inputs.iloc[rows], y[rows], weights, groups=of_rows, seed=self.seed_)
+            means, variance = np.zeros_like(y), None
+            means[rows] = self.mean.predict(inputs.iloc[rows])
+            if (left_open := self.mean.parameter_variance(inputs.iloc[rows])) is not None:
+                variance = np.zeros_like(y)
+                variance[rows] = left_open
             of_train = None if groups is None else groups[train_idx]
-            predicted[train_idx] = self.mean.out_of_sample(
+            left_out = means.copy()
+            left_out[train_idx] = self.mean.out_of_sample(
                 inputs.iloc[train_idx], y[train_idx], of_train, **options
             )
-            variance = None
-            if (of_rows := self.mean.parameter_variance(some)) is not None:
-                variance = np.zeros_like(y)
-                variance[rows] = of_rows
         self.mean_state_ = state_of(self.mean, inputs.iloc[train_idx])
-        known = predicted if variance is None else np.concatenate([predicted, variance], axis=1)
+        self._known_mean.fit(means[train_idx])
+        known = self._known_mean.columns(means, variance, left_out)
         codes = CodesWithMean(dataset.conditions, known, np.arange(len(known)))
         return CellDataset(dataset.reader, codes, dataset.library)
+
+    @property
+    def _known_mean(self) -> KnownMean:
+        return cast("KnownMean", self.module.space.mean)
 
     def _targets(self, dataset: CellDataset, block: int = 4096) -> np.ndarray:
         """What the mean is to predict of all registered cells, ``(n_obs, n_vars)``, float64."""
@@ -246,12 +253,14 @@ class HybridResidualModel(GenerativeModel):
 
     # Verbs ---------------------------------------------------------------------------------
 
-    def _known(self, inputs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted means (and variances) of distinct conditions, and which is each row's."""
+    def _of_inputs(self, codes: Any, inputs: pd.DataFrame, rows: Any = slice(None)) -> Any:
+        """Codes of some rows of the inputs, with what is predicted of them."""
         first, row = distinct_rows(inputs)
-        known = self.mean.predict(inputs.iloc[first])
-        variance = self.mean.parameter_variance(inputs.iloc[first])
-        return (known if variance is None else np.concatenate([known, variance], axis=1)), row
+        some = inputs.iloc[first]
+        known = self._known_mean.columns(
+            self.mean.predict(some), self.mean.parameter_variance(some)
+        )
+        return CodesWithMean(codes, known, row[rows])
 
     def _ask(self, conditions: Any, **options: Any) -> Query:
         query = super()._ask(conditions, **options)
@@ -259,7 +268,8 @@ class HybridResidualModel(GenerativeModel):
         if isinstance(mean, PrecomputedMean):
             if given is None and isinstance(conditions, AnnData):
                 given = self._layer(conditions, mean.name)
-            known = mean.predict(pd.DataFrame(index=range(query.n_rows)), given)
+            means = mean.predict(pd.DataFrame(index=range(query.n_rows)), given)
+            known = self._known_mean.columns(means)
             return replace(query, codes=CodesWithMean(query.codes, known, query.rows))
         if given is not None:
             raise ValueError(
@@ -267,7 +277,7 @@ class HybridResidualModel(GenerativeModel):
                 "which predicts what is asked for. Leave mean out."
             )
         inputs = inputs_of(self.schema, query.table, query.embedding)
-        return replace(query, codes=CodesWithMean(query.codes, *self._known(inputs)))
+        return replace(query, codes=self._of_inputs(query.codes, inputs))
 
     def _layer(self, adata: AnnData, name: str) -> np.ndarray | None:
         """A layer, its genes in the model's order; ``None`` if there is none."""
@@ -288,11 +298,11 @@ class HybridResidualModel(GenerativeModel):
                     f"adata has no layer {mean.name!r}: the mean of this model is precomputed. "
                     "Give what the same predictor says of these cells there."
                 )
-            known = mean.predict(pd.DataFrame(index=range(len(layer))), layer)
+            means = mean.predict(pd.DataFrame(index=range(len(layer))), layer)
+            known = self._known_mean.columns(means)
             return replace(cells, codes=CodesWithMean(cells.codes, known, cells.rows))
-        table, embedding = self.schema.parse(cells.adata, argument="adata")
-        known, row = self._known(inputs_of(self.schema, table, embedding))
-        return replace(cells, codes=CodesWithMean(cells.codes, known, row[cells.rows]))
+        inputs = inputs_of(self.schema, *self.schema.parse(cells.adata, argument="adata"))
+        return replace(cells, codes=self._of_inputs(cells.codes, inputs, cells.rows))
 
     @contextmanager
     def _around_mean(self, mean: Any) -> Iterator[None]:

@@ -30,14 +30,14 @@ class CodesWithMean:
     codes
         Encoded conditions, ``(n, width)``.
     known
-        Predicted means, and behind them their variances if there are any, ``(n_known, m)``.
+        What is known of means, ``(n_known, m)``, see :class:`~exprgen.spaces.KnownMean`.
     row
         Which row of ``known`` is each one's, ``(n,)``.
     """
 
     def __init__(self, codes: Any, known: np.ndarray, row: np.ndarray) -> None:
         self.codes = codes
-        self.known = known.astype(np.float32, copy=False)
+        self.known = known
         self.row = row
 
     def __len__(self) -> int:

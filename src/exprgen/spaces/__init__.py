@@ -6,6 +6,7 @@ from exprgen.spaces._depth import Depth
 from exprgen.spaces._donor import AdditiveDonorEffect, DonorEffect
 from exprgen.spaces._gene import GeneSpace
 from exprgen.spaces._latent import LatentSpace
+from exprgen.spaces._mean import KnownMean
 from exprgen.spaces._residual import ResidualSpace
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Depth",
     "DonorEffect",
     "GeneSpace",
+    "KnownMean",
     "LatentSpace",
     "ResidualSpace",
     "Space",

@@ -107,7 +107,7 @@ class LatentSpace(Autoencoder):
         """Start from the data: depth, mean expression, effects of labels, and the likelihood."""
         self.depth.fit(moments.library, moments.inputs, moments.donors)
         if self.mean is not None:
-            self._initialize_around(self.mean, moments)
+            self._initialize_around(moments)
             return
         library, square = moments.library.sum(), moments.library.square().sum()
         # Half a count in all the data for a gene that was never seen.
@@ -126,12 +126,11 @@ class LatentSpace(Autoencoder):
             )
         )
 
-    def _initialize_around(self, mean: KnownMean, moments: DataMoments) -> None:
+    def _initialize_around(self, moments: DataMoments) -> None:
         """Start from a known mean: what it is off by per gene, and the likelihood."""
         if moments.cells is None:
             raise ValueError("moments must have cells: each has a mean of its own.")
         x, c, library = moments.cells()
-        mean.fit(c)
         expected = self._log_known(c).double().exp() * library.double()[:, None]
         # Half a count in all the data for a gene that was never seen.
         factor = x.sum(0).double().clamp(min=0.5) / expected.sum(0)

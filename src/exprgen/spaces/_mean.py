@@ -1,14 +1,20 @@
 """What a predictor says of cells' conditions, as the torch side reads it.
 
-The columns behind the encoded conditions hold the predicted mean of every gene, and behind these,
-if the predictor knows it, the variance that its parameters leave in that mean. What predicts is
-not known here: it may be anything that maps a table of conditions to expression.
+Behind the encoded conditions stand, in columns, the predicted mean of every gene, its scores on
+the leading axes of all means, and, if the predictor knows it, the variance that its parameters
+leave in the mean. What predicts is not known here: it may be anything that maps a table of
+conditions to expression.
+
+In training the mean is the one that never saw the cell, but the scores are those of the
+prediction for its conditions. What leaves out a cell tells of it: of equal conditions, that whose
+mean is the lowest belongs to the cell that is the highest.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,34 +45,56 @@ class KnownMean(nn.Module):
 
     def __init__(self, layout: ConditionLayout, n_vars: int) -> None:
         super().__init__()
-        self._value = slice(layout.width, layout.width + n_vars)
-        self._variance = slice(layout.width + n_vars, layout.width + 2 * n_vars)
+        ends = np.cumsum([layout.width, n_vars, _N_AXES, n_vars]).tolist()
+        self._value, self._scores, self._variance = map(slice, ends[:-1], ends[1:])
         self.register_buffer("centre", torch.zeros(n_vars))
         self.register_buffer("axes", torch.zeros(n_vars, _N_AXES))
 
-    def value(self, c: Tensor) -> Tensor:
-        """Predicted means, ``(n_obs, n_vars)``."""
-        return c[:, self._value]
-
-    def variance(self, c: Tensor) -> Tensor | None:
-        """Variance of the means by the predictor's parameters, ``(n_obs, n_vars)``, if known."""
-        return c[:, self._variance] if c.shape[1] > self._value.stop else None
-
-    def forward(self, c: Tensor) -> Tensor:
-        """Scores on the leading axes, of unit variance over training, ``(n_obs, n_axes)``."""
-        return (self.value(c) - self.centre) @ self.axes
-
     @torch.no_grad()
-    def fit(self, c: Tensor) -> None:
-        """Find the axes from the encoded conditions of training cells, ``(n_obs, width)``."""
-        value = self.value(c)
-        self.centre.copy_(value.mean(0))
-        q = min(_N_AXES, *value.shape)
-        _, singular, axes = torch.svd_lowrank(value - self.centre, q=q, niter=4)
-        spread = singular / len(value) ** 0.5
-        kept = spread > _LEAST_SPREAD * spread[0].clamp(min=1e-12)
+    def fit(self, means: np.ndarray) -> None:
+        """Find the axes from the means of training cells' conditions, ``(n_obs, n_vars)``."""
+        values = torch.from_numpy(means).to(self.centre)
+        self.centre.copy_(values.mean(0))
+        q = min(_N_AXES, *values.shape)
+        _, singular, axes = torch.svd_lowrank(values - self.centre, q=q, niter=4)
+        spread = singular / len(values) ** 0.5
+        kept = spread > _LEAST_SPREAD * torch.maximum(spread[0], self.centre.abs().mean())
         # The sign of an axis is arbitrary: most of its weight is positive.
         sign = torch.where(axes.sum(0) < 0, -1.0, 1.0)
         scaled = torch.where(kept, sign / spread.clamp(min=1e-12), torch.zeros_like(spread))
         self.axes.zero_()
         self.axes[:, :q] = axes * scaled
+
+    def columns(
+        self,
+        means: np.ndarray,
+        variance: np.ndarray | None = None,
+        left_out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What stands behind encoded conditions, ``(n_obs, m)`` float32.
+
+        Parameters
+        ----------
+        means
+            Predicted of the conditions, ``(n_obs, n_vars)``.
+        variance
+            Of the means by the predictor's parameters, of the same shape, if it is known.
+        left_out
+            Means that never saw the cell, in training.
+        """
+        scores = (means - self.centre.cpu().numpy()) @ self.axes.cpu().numpy()
+        parts = [means if left_out is None else left_out, scores]
+        parts += [] if variance is None else [variance]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def value(self, c: Tensor) -> Tensor:
+        """Predicted means, ``(n_obs, n_vars)``."""
+        return c[:, self._value]
+
+    def forward(self, c: Tensor) -> Tensor:
+        """Scores on the leading axes, of unit variance over training, ``(n_obs, n_axes)``."""
+        return c[:, self._scores]
+
+    def variance(self, c: Tensor) -> Tensor | None:
+        """Variance of the means by the predictor's parameters, ``(n_obs, n_vars)``, if known."""
+        return c[:, self._variance] if c.shape[1] > self._scores.stop else None

@@ -90,7 +90,6 @@ class ResidualSpace(GaussianPosterior):
         if moments.cells is None:
             raise ValueError("moments must have cells: residuals are fitted to them.")
         x, c, _ = moments.cells()
-        self.mean.fit(c)
         residuals = (x.double() - self.mean.value(c).double()).numpy()
         features = self.density_features(c).double().numpy()
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
