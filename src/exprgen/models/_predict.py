@@ -17,10 +17,16 @@ from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
 from exprgen.models._query import CELL, TABLE, Query, log_library, with_batch
-from exprgen.models._statistics import Moments, predictive_of_cell, predictive_of_mean
+from exprgen.models._statistics import (
+    Moments,
+    Predictive,
+    pooled,
+    predictive_of_cell,
+    predictive_of_mean,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mudata import MuData
 
@@ -94,6 +100,44 @@ class PredictMixin(ModelCore):
         -------
         The AnnData that carries the results: the same object, or a copy if it was a view.
         """
+        return self._predict(
+            (self,),
+            conditions,
+            of=of,
+            n_cells=n_cells,
+            genes=genes,
+            library=library,
+            n_samples=n_samples,
+            quantiles=quantiles,
+            unseen=unseen,
+            on_extrapolation=on_extrapolation,
+            key_added=key_added,
+            overwrite=overwrite,
+            copy=copy,
+            progress_bar=progress_bar,
+            seed=seed,
+        )
+
+    def _predict(
+        self,
+        models: Sequence[PredictMixin],
+        conditions: pd.DataFrame | Mapping[str, Any] | AnnData | MuData | None,
+        *,
+        of: Literal["cell", "mean"],
+        n_cells: int | None,
+        genes: Sequence[str] | None,
+        library: float | np.ndarray | None,
+        n_samples: int,
+        quantiles: Sequence[float],
+        unseen: Literal["error", "null"],
+        on_extrapolation: Literal["warn", "raise", "ignore"],
+        key_added: str,
+        overwrite: bool,
+        copy: bool,
+        progress_bar: bool,
+        seed: int | None,
+    ) -> AnnData | MuData:
+        """:meth:`predict` by several models, of which this is one, as equally likely."""
         self._check_trained()
         _arguments.check_choice(of, "of", ("cell", "mean"))
         _arguments.check_positive_int(n_samples, "n_samples")
@@ -119,35 +163,34 @@ class PredictMixin(ModelCore):
         split = self._split_of(conditions) if given else None
         if of == "mean":
             self._check_batch_given(conditions)
-        query = self._ask(
-            conditions,
-            draw_batch=False,
-            unseen=unseen,
-            on_extrapolation=on_extrapolation,
-            rng=np.random.default_rng([seed, TABLE]),
-        )
+        queries = [
+            model._ask(
+                conditions,
+                draw_batch=False,
+                unseen=unseen,
+                on_extrapolation=on_extrapolation if model is self else "ignore",
+                rng=np.random.default_rng([seed, TABLE]),
+            )
+            for model in models
+        ]
+        query = queries[0]
         rows = np.arange(len(query.table))
         log_depth = log_library("sampled" if library is None else library, rows, len(rows))
-        distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
-        _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
         names = [_slots.quantile_name(q) for q in quantiles]
         columns = slice(None) if selected is None else selected
-        groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
         results: dict[str, np.ndarray] = {}
-        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
-            noise = generator(seed, CELL, i)
-            depth = None if log_depth is None else log_depth[row]
-            decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
-            share = self._parameter_share(query, row)
-            if of == "cell":
-                law = predictive_of_cell(self.module, decoded, donor, noise, share)
-            else:
-                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells, share)
+        laws = [
+            model._laws(
+                asked, log_depth, of, n_cells, n_samples, seed, progress_bar and model is self
+            )
+            for model, asked in zip(models, queries, strict=True)
+        ]
+        for group, law in pooled(laws):
             for name, value in law.slots(quantiles, names).items():
                 value = value[columns]
                 if name not in results:
                     results[name] = np.empty((len(rows), len(value)), np.float32)
-                results[name][groups[i]] = value
+                results[name][group] = value
         info: dict[str, Any] = {
             "of": of,
             "n_cells": n_cells or 0,
@@ -156,6 +199,8 @@ class PredictMixin(ModelCore):
             "seed": seed,
             **self._density_options,
         }
+        if len(models) > 1:
+            info["n_models"] = len(models)
         return self._write(
             target if given else self._new_adata(query),
             "predict",
@@ -183,6 +228,31 @@ class PredictMixin(ModelCore):
                 "interval would otherwise leave out how much batches differ."
             )
 
+    def _laws(
+        self,
+        query: Query,
+        log_depth: Tensor | None,
+        of: Literal["cell", "mean"],
+        n_cells: int | None,
+        n_samples: int,
+        seed: int,
+        progress_bar: bool,
+    ) -> Iterator[tuple[np.ndarray, Predictive]]:
+        """The law of each distinct row of conditions, and the rows that it is the law of."""
+        distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
+        _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
+        groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
+        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
+            noise = generator(seed, CELL, i)
+            depth = None if log_depth is None else log_depth[row]
+            decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
+            share = self._parameter_share(query, row)
+            if of == "cell":
+                law = predictive_of_cell(self.module, decoded, donor, noise, share)
+            else:
+                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells, share)
+            yield groups[i], law
+
     def _decoded(
         self,
         query: Query,
@@ -192,7 +262,20 @@ class PredictMixin(ModelCore):
         noise: torch.Generator,
         seed: int,
     ) -> tuple[Decoded, int]:
-        """``n_samples`` draws of the decoder's output for one row, and its donor.
+        """``n_samples`` draws of the decoder's output for one row, and its donor."""
+        _, c, decoded = self._drawn(query, row, log_depth, n_samples, noise, seed)
+        return decoded, int(self.module.space.features.donor(c[:1]))
+
+    def _drawn(
+        self,
+        query: Query,
+        row: int,
+        log_depth: Tensor | None,
+        n_samples: int,
+        noise: torch.Generator,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Decoded]:
+        """Draws of y for one row, their conditions, and the decoder's output without donor.
 
         An unknown batch is drawn anew for each.
         """
@@ -208,8 +291,8 @@ class PredictMixin(ModelCore):
             codes[:, : encoded.shape[1]] = encoded
         c = torch.from_numpy(codes).to(self._device)
         depth = None if log_depth is None else log_depth.expand(n_samples).to(self._device)
-        _, decoded = self.module.sample(c, noise, log_depth=depth, **self._density_options)
-        return decoded, int(space.features.donor(c[:1]))
+        y, decoded = self.module.sample(c, noise, log_depth=depth, **self._density_options)
+        return y, c, decoded
 
     @torch.no_grad()
     def denoise(

@@ -25,12 +25,20 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from exprgen.module import ExpressionModule
     from exprgen.spaces import Decoded
 
-__all__ = ["Moments", "Predictive", "order_statistics", "predictive_of_cell", "predictive_of_mean"]
+__all__ = [
+    "Moments",
+    "Predictive",
+    "mixture",
+    "order_statistics",
+    "pooled",
+    "predictive_of_cell",
+    "predictive_of_mean",
+]
 
 
 class Moments:
@@ -143,6 +151,35 @@ def predictive_of_mean(
     lower = _array(torch.as_tensor(likelihood.lower))
     draws = np.clip(centre + np.sqrt(within) * noise, lower, None)
     return replace(cell, decoder=cell.decoder * share, latent=cell.latent * share, draws=draws)
+
+
+def mixture(laws: Sequence[Predictive]) -> Predictive:
+    r"""The law of a draw from one of several laws, each as likely.
+
+    Its variance is :math:`\frac1K\sum_k v_k + \frac1K\sum_k (m_k - \bar m)^2`: the second
+    term, between the means, goes to ``parameter``.
+    """
+    if len(laws) == 1:
+        return laws[0]
+    means = np.stack([law.mean for law in laws])
+    donors = [law.donor for law in laws if law.donor is not None]
+    own = [law.parameter for law in laws if law.parameter is not None]
+    return Predictive(
+        mean=means.mean(0),
+        decoder=np.mean([law.decoder for law in laws], 0),
+        latent=np.mean([law.latent for law in laws], 0),
+        donor=np.mean(donors, 0) if donors else None,
+        parameter=means.var(0) + (np.mean(own, 0) if own else 0.0),
+        draws=np.concatenate([law.draws for law in laws]),
+    )
+
+
+def pooled(
+    laws: Sequence[Iterator[tuple[np.ndarray, Predictive]]],
+) -> Iterator[tuple[np.ndarray, Predictive]]:
+    """The mixture of what several models say, row by row of the same conditions."""
+    for parts in zip(*laws, strict=True):
+        yield parts[0][0], mixture([law for _, law in parts])
 
 
 def order_statistics(draws: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:

@@ -38,7 +38,7 @@ __all__ = ["AdditiveDonorEffect", "DonorEffect"]
 # Degrees of freedom that the genes' common variance is worth.
 _PRIOR_DOF = 4.0
 # Nodes at which expectations are evaluated, over a Gaussian effect and between drawn effects.
-_N_NODES, _N_GRID = 9, 17
+_N_NODES, _N_GRID, _N_KNOTS = 9, 17, 61
 
 
 class DonorEffect(nn.Module):
@@ -70,6 +70,11 @@ class DonorEffect(nn.Module):
     def dof(self) -> float:
         """Degrees of freedom of a new donor's t law."""
         return self.n_donors - 1 + _PRIOR_DOF
+
+    def heavy_law(self) -> tuple[Tensor, Tensor]:
+        """Centre and scale of the t law of a new donor's effect, each ``(n_vars,)``."""
+        scale = self.new_donor_scale()
+        return self._centre(scale.square()), scale
 
     def law(self, donor: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor."""
@@ -125,8 +130,7 @@ class DonorEffect(nn.Module):
     @torch.no_grad()
     def draw_heavy(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw new donors' effects from the t law, ``(n, n_vars)``: for quantiles of means."""
-        scale = self.new_donor_scale()
-        centre = self._centre(scale.square())
+        centre, scale = self.heavy_law()
         noise = torch.randn(n, len(scale), generator=generator)
         gamma = torch._standard_gamma(torch.full((n, 1), self.dof / 2), generator=generator)
         return centre + scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)
@@ -162,6 +166,34 @@ class DonorEffect(nn.Module):
         """
         scaled = (likelihood.mean(*decoded) - likelihood.background).double().mean(0)
         return scaled * effect.double().exp() + likelihood.background
+
+    def moments_at(
+        self, likelihood: Likelihood, decoded: Decoded, effect: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a cell's value for each row of ``effect``.
+
+        Each ``(n, n_vars)`` float64. The variance of a count is a quadratic polynomial in the
+        donor's factor: it follows from its values at three factors.
+
+        Parameters
+        ----------
+        likelihood, decoded
+            As in :meth:`terms`.
+        effect
+            Effects of donors, ``(n, n_vars)``.
+        """
+        decoded = decoded.double()
+        factors = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        variances = []
+        for factor in factors:
+            moved = decoded._replace(location=decoded.location + factor.log())
+            spread = likelihood.mean(*moved).double().var(0, unbiased=False)
+            variances.append(likelihood.variance(*moved).double().mean(0) + spread)
+        powers = torch.stack([torch.ones_like(factors), factors, factors.square()], 1)
+        constant, linear, square = torch.linalg.solve(powers, torch.stack(variances).cpu())
+        factor = effect.double().cpu().exp()
+        mean = self.expected(likelihood, decoded, effect).cpu()
+        return mean, (constant + linear * factor + square * factor.square()).clamp(min=0)
 
 
 class AdditiveDonorEffect(DonorEffect):
@@ -222,6 +254,33 @@ class AdditiveDonorEffect(DonorEffect):
         left = at.floor().clamp(0, _N_GRID - 2)
         share, left = at - left, left.long()
         return (1 - share) * grid.gather(0, left) + share * grid.gather(0, left + 1)
+
+    def moments_at(
+        self, likelihood: Likelihood, decoded: Decoded, effect: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a cell's value for each row of ``effect``, ``(n, n_vars)`` float64.
+
+        Parameters
+        ----------
+        likelihood, decoded, effect
+            As in :meth:`DonorEffect.moments_at`; rows that increase. Between some of them values
+            are interpolated.
+        """
+        n = len(effect)
+        knots = np.unique(np.linspace(0, n - 1, min(n, _N_KNOTS)).round().astype(int))
+        known = []
+        for row in knots:
+            moved = decoded._replace(location=self.move(decoded.location, effect[row]))
+            mean, latent = _moments(likelihood.mean(*moved))
+            known.append(torch.stack([mean, likelihood.variance(*moved).double().mean(0) + latent]))
+        values = torch.stack(known).cpu()
+        if n == len(knots):
+            return values[:, 0], values[:, 1]
+        left = np.searchsorted(knots, np.arange(n), side="right").clip(1, len(knots) - 1) - 1
+        low, high = effect.double().cpu()[knots[left]], effect.double().cpu()[knots[left + 1]]
+        share = ((effect.double().cpu() - low) / (high - low).clamp(min=1e-12))[:, None]
+        mean, variance = ((1 - share) * values[left] + share * values[left + 1]).unbind(1)
+        return mean, variance
 
     def _mean_at(self, likelihood: Likelihood, decoded: Decoded, effect: Tensor) -> Tensor:
         """Expected value of each draw under one effect, ``(n, n_vars)``."""

@@ -1,0 +1,232 @@
+r"""One sample against what a model expects of a new donor.
+
+The observed value is the mean of the sample's cells of a group, its pseudobulk. What is expected is
+the law of such a mean for a donor that the model has not seen: the cells' own noise, which averages
+out, and the differences between donors, which do not (:mod:`exprgen.spaces`). With three donors or
+thirty the first is the same; without the second, every gene in which people differ is "found".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from exprgen import _arguments
+from exprgen._columns import refuse_values
+from exprgen._errors import CovariateError, closest, name_some
+from exprgen._random import generator, resolve_seed
+from exprgen.models._query import CELL, TABLE
+from exprgen.models._statistics import order_statistics
+from exprgen.models._tails import tails_of_mean
+from exprgen.tl._model import check_model
+from exprgen.tl._ranked import adjusted, check_ranked_key, signed_scores, store_ranked
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from exprgen.models import GenerativeModel
+    from exprgen.models._cells import Cells
+
+__all__ = ["nof1_de"]
+
+_METHOD = "exprgen.nof1_de"
+
+
+def nof1_de(
+    adata: AnnData,
+    model: GenerativeModel,
+    *,
+    groupby: str,
+    level: float = 0.9,
+    n_samples: int = 1000,
+    key_added: str | None = "nof1_de",
+    seed: int | None = None,
+) -> pd.DataFrame:
+    """Which genes of one patient, or sample, are outside what is expected of a new donor?
+
+    The model must know how donors differ: train it with a ``donor_key``, on reference donors. Counts
+    are compared at the sample's own depths, so that deeper sequencing is no finding.
+
+    Parameters
+    ----------
+    adata
+        The cells of *one* sample, none of which the model was trained on.
+    model
+        A trained model with donor effects.
+    groupby
+        Column of ``.obs``: each group (a cell type, say) is compared by itself. The model's
+        conditions must be the same in all cells of a group.
+    level
+        Of the expected range ``lower`` to ``upper``: the share of new donors inside it.
+    n_samples
+        Draws of the latent state per group.
+    key_added
+        Where the results go in ``adata.uns``, in the layout of
+        :func:`scanpy.tl.rank_genes_groups`; ``None`` writes nothing.
+    seed
+        The same seed gives the same numbers.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per group and gene, by group and decreasing score: ``group``; ``names``;
+        ``scores``, the standard normal value of the p-value, positive where more than expected;
+        ``logfoldchanges``, log2 of observed over expected with half a count added to the sums (of
+        continuous values their difference over log 2, which is the same for natural logarithms);
+        ``pvals``, two-sided; ``pvals_adj`` :cite:p:`benjamini1995`, per group; ``observed``,
+        ``expected``, ``lower``, ``upper``, in the unit of the layer per cell; ``n_cells``.
+
+        P-values are tail probabilities of the model's law of the mean, integrated rather than
+        drawn, hence of any size. They assume that the model's genes vary between donors as
+        estimated from the training donors, alike in all groups.
+
+    Raises
+    ------
+    ValueError
+        If the model has no donor effects, some cells are training cells, the donor is known, there
+        are several, or ``uns[key_added]`` is taken.
+    CovariateError
+        If conditions differ within a group.
+    """
+    import pandas as pd
+
+    check_model(model)
+    donors = model.module.space.donors
+    if donors is None:
+        raise ValueError(
+            f"nof1_de needs to know how donors differ, and this {type(model).__name__} has no "
+            "donor effects. Set up with donor_key=... and train on several donors."
+        )
+    level = _arguments.check_number(level, "level", "(0, 1)")
+    _arguments.check_positive_int(n_samples, "n_samples")
+    home = model._home(adata)
+    check_ranked_key(home, key_added, _METHOD)
+    seed = resolve_seed(seed)
+    cells = model._cells(adata)
+    _check_one_new_donor(cells, model)
+    groups = _groups(cells, model, groupby)
+    model._check_batch_given(cells.adata)
+    first = np.array([rows[0] for rows in groups.values()])
+    query = model._ask(
+        cells.adata[first], draw_batch=False, rng=np.random.default_rng([seed, TABLE])
+    )
+    parts = []
+    for i, (group, rows) in enumerate(groups.items()):
+        noise = generator(seed, CELL, i)
+        depth = _depths(cells, rows, n_samples) if model.module.space.depth is not None else None
+        decoded, _ = model._decoded(query, i, depth, n_samples, noise, seed)
+        total = sum(
+            cells.reader.rows(block).sum(0, dtype=np.float64)
+            for block in np.array_split(rows, -(-len(rows) // 4096))
+        )
+        likelihood = model.module.space.likelihood
+        tails = tails_of_mean(likelihood, donors, decoded, total, len(rows), noise)
+        p = tails.p_value
+        lower, upper = order_statistics(tails.draws, [(1 - level) / 2, (1 + level) / 2])
+        observed = total / len(rows)
+        half = 0.5 / len(rows)
+        change = (
+            np.log2((observed + half) / (tails.expected + half))
+            if likelihood.is_count
+            else (observed - tails.expected) / np.log(2)
+        )
+        part = pd.DataFrame(
+            {
+                "group": group,
+                "names": model.var_names.to_numpy(),
+                "scores": signed_scores(p, tails.at_least <= tails.at_most),
+                "logfoldchanges": change,
+                "pvals": p,
+                "pvals_adj": adjusted(p),
+                "observed": observed,
+                "expected": tails.expected,
+                "lower": lower,
+                "upper": upper,
+                "n_cells": len(rows),
+            }
+        )
+        parts.append(part.sort_values("scores", ascending=False, kind="stable"))
+    table = pd.concat(parts, ignore_index=True)
+    if key_added is not None:
+        store_ranked(home, key_added, table, _params(model, groupby, level, n_samples, seed))
+    return table
+
+
+def _params(
+    model: GenerativeModel, groupby: str, level: float, n_samples: int, seed: int
+) -> dict[str, Any]:
+    """What scanpy wants to know, and how the results came about."""
+    return {
+        "groupby": groupby,
+        "reference": "a new donor",
+        "method": _METHOD,
+        "use_raw": False,
+        "layer": model._setup_args["layer"] or "",
+        "corr_method": "benjamini-hochberg",
+        "model": type(model).__name__,
+        "level": level,
+        "n_samples": n_samples,
+        "seed": seed,
+    }
+
+
+def _check_one_new_donor(cells: Cells, model: GenerativeModel) -> None:
+    """Refuse several donors, donors that training saw, and training cells."""
+    if not len(cells):
+        raise ValueError("adata has no cells: there is nothing to compare.")
+    split = model._split_of(cells.adata)
+    n_known = 0 if split is None else int((split != "new").sum())
+    key = model.schema.donor_key
+    labels = cells.adata.obs[key].unique() if key in cells.adata.obs else ()
+    if len(labels) > 1:
+        raise ValueError(
+            f"adata has {len(labels)} donors in obs[{key!r}] ({name_some(labels)}): nof1_de "
+            "compares one sample with what is expected. Call it for each."
+        )
+    table, _ = model.schema.parse(cells.adata, argument="adata")
+    known = key in table and (model.schema.donor.lookup(table[key]) >= 0).any()
+    if known or n_known:
+        what = f"donor {labels[0]!r} was" if known else f"{n_known} of its cells were"
+        raise ValueError(
+            f"adata is not new to the model: {what} in its training, which has learned what it "
+            "should judge. Train on other donors only."
+        )
+
+
+def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.ndarray]:
+    """Rows of every group that has cells, in the order of the labels."""
+    obs = cells.adata.obs
+    if groupby not in obs:
+        raise KeyError(f"groupby={groupby!r} is no column of obs.{closest(groupby, obs.columns)}")
+    column = obs[groupby]
+    refuse_values(
+        obs.index, column.isna().to_numpy(), f"obs[{groupby!r}]", "missing value", " Leave them out."
+    )
+    labels = column.astype(str).to_numpy()
+    order = column.cat.categories if column.dtype == "category" else np.unique(column)
+    groups = {str(g): np.flatnonzero(labels == str(g)) for g in order if (labels == str(g)).any()}
+    table, embedding = model.schema.parse(cells.adata, argument="adata")
+    for group, rows in groups.items():
+        part = table.iloc[rows]
+        varying = [key for key in part if part[key].nunique() > 1]
+        if embedding is not None and np.ptp(embedding[rows], axis=0).any():
+            varying.append(str(model.schema.embedding_key))
+        if varying:
+            raise CovariateError(
+                f"{name_some(varying)} varies within {groupby}={group!r}: what is expected of a "
+                "mean is known for cells of equal conditions. Group by these conditions."
+            )
+    return groups
+
+
+def _depths(cells: Cells, rows: np.ndarray, n_samples: int) -> torch.Tensor:
+    """Log depths at which draws are decoded: ``n_samples`` quantiles of the group's own.
+
+    Scaled to their mean, which is what the sample's total says exactly.
+    """
+    library = np.maximum(cells.library[rows], 0.5)
+    spread = np.quantile(library, (np.arange(n_samples) + 0.5) / n_samples, method="inverted_cdf")
+    return torch.from_numpy(np.log(spread * library.mean() / spread.mean())).float()

@@ -1,0 +1,82 @@
+"""Results per gene in the layout of :func:`scanpy.tl.rank_genes_groups`.
+
+A table with a row per group and gene becomes record arrays with a field per group, genes by
+decreasing score, which :func:`scanpy.get.rank_genes_groups_df` and scanpy's plots read; columns
+that scanpy does not know are kept beside them in the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exprgen._slots import check_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+__all__ = ["adjusted", "check_ranked_key", "signed_scores", "store_ranked"]
+
+
+def adjusted(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted for the false discovery rate :cite:p:`benjamini1995`, ``(n,)``."""
+    n = len(p_values)
+    order = np.argsort(p_values)[::-1]
+    raised = np.minimum.accumulate(p_values[order] * n / np.arange(n, 0, -1))
+    out = np.empty(n)
+    out[order] = np.minimum(raised, 1)
+    return out
+
+
+def signed_scores(p_values: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Standard normal values whose two-sided p-values these are, ``(n,)``."""
+    from scipy.special import ndtri
+
+    return np.where(positive, 1.0, -1.0) * -ndtri(p_values / 2)
+
+
+def check_ranked_key(adata: AnnData, key: str | None, method: str) -> None:
+    """Refuse, before anything is computed, what could not be written or is someone else's.
+
+    Raises
+    ------
+    ValueError
+        If ``adata`` is a view, or ``uns[key]`` holds something that ``method`` did not write.
+    """
+    if key is None:
+        return
+    check_key(key)
+    if adata.is_view:
+        raise ValueError(
+            "adata is a view, whose .uns cannot be written to; pass adata.copy(), or "
+            "key_added=None."
+        )
+    entry = adata.uns.get(key, {})
+    params = entry.get("params") if isinstance(entry, Mapping) else None
+    ours = isinstance(params, Mapping) and params.get("method") == method
+    if key in adata.uns and not ours:
+        raise ValueError(
+            f"adata.uns[{key!r}] is taken, and not by results of {method}. Choose another "
+            "key_added=...."
+        )
+
+
+def store_ranked(adata: AnnData, key: str, table: pd.DataFrame, params: Mapping[str, Any]) -> None:
+    """Write a table with columns ``group``, ``names``, ``scores`` ... to ``uns[key]``.
+
+    Every group has the same number of genes, in the order in which they are to be.
+    """
+    groups = list(dict.fromkeys(table["group"]))
+    of_group = {group: table[table["group"] == group] for group in groups}
+    entry: dict[str, Any] = {"params": dict(params)}
+    for column in table.columns.drop("group"):
+        values = table[column].to_numpy()
+        kind = object if values.dtype.kind in "OUT" else values.dtype
+        records = np.empty(len(of_group[groups[0]]), dtype=[(str(group), kind) for group in groups])
+        for group in groups:
+            records[str(group)] = of_group[group][column].to_numpy()
+        entry[column] = records
+    adata.uns[key] = entry
