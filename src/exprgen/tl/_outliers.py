@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from mudata import MuData
 from scipy import stats
 
 from exprgen import _slots
 from exprgen._arguments import check_bool, check_choice, check_positive_int
 from exprgen._errors import DataQualityWarning, closest, name_some
 from exprgen._random import resolve_seed
-from exprgen.models._cells import GeneReader, cell_keys
+from exprgen.models._cells import cell_keys, split_labels
 from exprgen.models._mudata import target_of
 from exprgen.models._surprise import TERMS
 from exprgen.tl._conformal_ranks import conformal_p_values
@@ -22,6 +21,7 @@ from exprgen.tl._model import check_model
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from exprgen.models import GenerativeModel
 
@@ -30,7 +30,8 @@ __all__ = ["outliers"]
 SCORES = {"combined": TERMS, **{term: (term,) for term in TERMS}}
 # Fewer would be ranked by a regression of six coefficients that passes through them.
 MIN_CALIBRATION = 20
-_LEVEL = 0.05
+# Where more of the cells than this would have to be outliers to be found, there is a warning.
+_LEVEL, _LARGEST_SHARE = 0.05, 0.1
 # Streams of random numbers under one seed.
 _CALIBRATION, _QUERY = 20, 21
 
@@ -56,8 +57,8 @@ def outliers(
 
     If a cell is exchangeable with the calibration cells (of its group), its p-value is at most α
     with probability at most α, whatever the model is worth; a good one makes p-values of other
-    cells small. That holds on average over calibration sets: with a given one of n cells, the share
-    of ordinary cells below α varies by about ``sqrt(α (1 - α) / n)``.
+    cells small. That holds on average over calibration sets: with a given one of n cells, the
+    share of ordinary cells below α varies by about ``sqrt(α (1 - α) / n)``.
 
     Parameters
     ----------
@@ -78,8 +79,9 @@ def outliers(
         ``"combined"``: both, in equal parts. ``None`` is ``"combined"``, and ``"likelihood"`` in
         gene space, where there is no other.
     conditions
-        ``"own"``: given the cell's own conditions. ``"best"``: given those labels of training under
-        which it is the likeliest, for cells that have none; calibration cells are treated alike.
+        ``"own"``: given the cell's own conditions. ``"best"``: given those labels of training
+        under which it is the likeliest, for cells that have none, or none that training saw.
+        Calibration cells are treated alike.
     adjust
         Whether to take out, by a quadratic regression, what the logarithms of library size and of
         the number of detected genes explain (of continuous values: the second). A likelihood is
@@ -89,11 +91,11 @@ def outliers(
     unseen
         ``"null"`` takes batches that training has not seen as the average of those it has.
     key_added
-        Prefix of the columns of ``obs``: ``{key}_outlier_pvalue``; ``{key}_outlier_padj``, adjusted
-        for the false discovery rate by Benjamini and Hochberg; ``{key}_outlier_score``, in standard
-        deviations, and the ``{key}_outlier_library`` (or ``_detected``) that it is adjusted for;
-        ``{key}_split``. ``uns[key]["outliers"]`` keeps the score, the calibration cells' values
-        and the ``smallest_p`` that they allow.
+        Prefix of the columns of ``obs``: ``{key}_outlier_pvalue``; ``{key}_outlier_padj``, for
+        the false discovery rate :cite:p:`benjamini1995`; ``{key}_outlier_score``, in standard
+        deviations; the ``{key}_outlier_library`` (of continuous values ``_detected``) that it is
+        adjusted for; ``{key}_split``. ``uns[key]["outliers"]`` keeps what was ranked, the values
+        of the calibration cells, and the ``smallest_p`` that these allow.
     overwrite, copy, progress_bar, seed
         As in :meth:`~exprgen.NBVAE.predict`.
 
@@ -115,9 +117,11 @@ def outliers(
 
     Notes
     -----
-    P-values are exact after the adjustment, see :mod:`!exprgen.tl._conformal_ranks`. All of them
-    depend on one calibration set; without the adjustment the procedure of Benjamini and Hochberg
-    is known to hold its level all the same :cite:p:`bates2023`.
+    A conformal p-value :cite:p:`vovk2005`: ``(1 + m) / (n + 1)`` where m of n calibration cells
+    have the cell's score or a higher one. The regression is fitted on these n + 1 cells, anew for
+    each cell (in closed form), so that it favours none of them. P-values of one call share their
+    calibration cells, with which the false discovery rate is known to be held if scores are not
+    adjusted :cite:p:`bates2023`; that it is with the adjustment is an approximation.
     """
     check_model(model)
     terms = _check_score(model, score)
@@ -162,6 +166,7 @@ def outliers(
     sizes = pd.Series(groups[1]).value_counts()[np.unique(groups[0])]
     against = next(iter(technical))
     slot = f"outlier_{against.split()[-1]}"
+    _warn_of_few(sizes)
     target = target_of(adata, copy)
     _slots.write(
         model._home(target),
@@ -190,7 +195,6 @@ def outliers(
         },
         overwrite=overwrite,
     )
-    _warn_of_few(len(of_query), sizes)
     return target
 
 
@@ -246,11 +250,11 @@ def _groups(
     return found[0], found[1]
 
 
-def _check_cells(
-    model: GenerativeModel, query: AnnData, reference: AnnData
-) -> pd.Categorical | None:
-    """Refuse calibration cells that tell nothing of new ones; what the query cells are."""
-    split, of_reference = model._split_of(query), model._split_of(reference)
+def _check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> pd.Categorical:
+    """Refuse calibration cells that tell nothing of new ones; say what the query cells are."""
+    readers = model._reader(query), model._reader(reference)
+    keys = cell_keys(query, readers[0]), cell_keys(reference, readers[1])
+    split, of_reference = (split_labels(of_cells, model.cell_keys_) for of_cells in keys)
     trained = np.asarray(of_reference == "train")
     if trained.any():
         raise ValueError(
@@ -258,24 +262,24 @@ def _check_cells(
             f"{name_some(reference.obs_names[trained])}. They look more ordinary than new cells "
             "do. Give cells that were set aside, or those of validation."
         )
-    layer = model._setup_args["layer"]
-    keys = [
-        cell_keys(cells, GeneReader(cells.X if layer is None else cells.layers[layer]))
-        for cells in (query[:, model.var_names], reference[:, model.var_names])
+    places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
+    shared = [
+        i
+        for i in np.flatnonzero(np.isin(*keys))
+        if np.array_equal(readers[0].rows([i]), readers[1].rows([places[int(keys[0][i])]]))
     ]
-    shared = np.isin(*keys)
-    if shared.any():
+    if shared:
         raise ValueError(
-            f"{shared.sum()} cells of adata are in calibration as well: "
-            f"{name_some(query.obs_names[shared])}. Each would be compared with itself. Leave "
+            f"{len(shared)} cells of adata are in calibration as well: "
+            f"{name_some(query.obs_names[shared])}. Each would be compared with itself: leave "
             "them out of one of the two."
         )
     trained = np.asarray(split == "train")
     if trained.any():
         warnings.warn(
-            f"The model was trained on {trained.sum()} of {len(trained)} cells of adata: their "
-            "p-values are larger than those of new cells would be (column '..._split' says which "
-            "they are).",
+            f"The model was trained on {trained.sum()} of {len(trained)} cells of adata: they "
+            "look more ordinary than new cells do, and their p-values are too large (a column of "
+            "obs says which they are).",
             DataQualityWarning,
             stacklevel=3,
         )
@@ -287,21 +291,19 @@ def _covariates(technical: dict[str, np.ndarray], adjust: bool) -> np.ndarray:
     return logarithms if adjust else logarithms[:, :0]
 
 
-def _warn_of_few(n_cells: int, sizes: pd.Series[Any]) -> None:
+def _warn_of_few(sizes: pd.Series[int]) -> None:
     """Say if adjusted p-values can only be small where very many cells are outliers.
 
-    k cells at the smallest p-value are significant together if k > n_cells / (level (n + 1)).
+    Of m cells, the k smallest p-values 1 / (n + 1) are significant if 1 / (n + 1) <= level k / m.
     """
-    share = 1 / (_LEVEL * (sizes.min() + 1))
-    if share > 0.1:
-        of_group = "" if len(sizes) == 1 else f" in group {sizes.idxmin()!r}"
-        needed = (
-            "cannot be" if share > 1 else f"are only where {100 * share:.0f} % of all cells are"
-        )
+    n = int(sizes.min())
+    share = 1 / (_LEVEL * (n + 1))
+    if share > _LARGEST_SHARE:
+        where = "" if len(sizes) == 1 else f" of group {sizes.idxmin()!r}"
+        what = f"only if they are {100 * share:.0f} % of all or more" if share < 1 else "never"
         warnings.warn(
-            f"{sizes.min()} calibration cells{of_group} allow no p-value below "
-            f"{1 / (sizes.min() + 1):.2g}: adjusted for {n_cells} cells, p-values of this size "
-            f"{needed} below {_LEVEL:g}. {round(10 / _LEVEL)} calibration cells or more are better.",
+            f"{n} calibration cells{where} allow no p-value below {1 / (n + 1):.2g}: at a false "
+            f"discovery rate of {_LEVEL:g}, cells are found {what}. Give more calibration cells.",
             DataQualityWarning,
             stacklevel=3,
         )

@@ -6,10 +6,10 @@ with it,
 .. math::
     q = \frac{b + (t + 1) / 2}{n + 1}, \qquad p = 2 \min(q, 1 - q),
 
-the mid-p-value: x is ranked among the draws, in the middle of its ties. Values that follow p(x | c)
-have p of mean one half at most; it is no smaller than :math:`1/(n + 1)`. Counts are discrete, so p is
-not uniform: a gene with nine zeros in ten cells gives each zero a p of .9. A *randomised* rank among
-the ties makes it uniform, but two equal cells unequal.
+the mid-p-value: x is ranked among the draws, in the middle of its ties. It is at least
+:math:`1/(n + 1)`. Counts are discrete, and so is p: where nine cells in ten have a zero, each
+zero has a p of .9. A *randomised* rank among the ties makes p uniform for cells that follow
+p(x | c), and two equal cells unequal.
 """
 
 from __future__ import annotations
