@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from exprgen.models import GenerativeModel
+    from exprgen.models._cells import GeneReader
 
 __all__ = ["outliers"]
 
@@ -166,7 +167,6 @@ def outliers(
     sizes = pd.Series(groups[1]).value_counts()[np.unique(groups[0])]
     against = next(iter(technical))
     slot = f"outlier_{against.split()[-1]}"
-    _warn_of_few(sizes)
     target = target_of(adata, copy)
     _slots.write(
         model._home(target),
@@ -195,6 +195,7 @@ def outliers(
         },
         overwrite=overwrite,
     )
+    _warn_of_few(sizes)
     return target
 
 
@@ -263,11 +264,8 @@ def _check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> 
             "do. Give cells that were set aside, or those of validation."
         )
     places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
-    shared = [
-        i
-        for i in np.flatnonzero(np.isin(*keys))
-        if np.array_equal(readers[0].rows([i]), readers[1].rows([places[int(keys[0][i])]]))
-    ]
+    pairs = [(i, places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
+    shared = [i for i, j in pairs if np.array_equal(*_rows(readers, i, j))]
     if shared:
         raise ValueError(
             f"{len(shared)} cells of adata are in calibration as well: "
@@ -284,6 +282,11 @@ def _check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> 
             stacklevel=3,
         )
     return split
+
+
+def _rows(readers: tuple[GeneReader, GeneReader], i: int, j: int) -> tuple[Any, Any]:
+    """A row of each."""
+    return readers[0].rows(np.array([i])), readers[1].rows(np.array([j]))
 
 
 def _covariates(technical: dict[str, np.ndarray], adjust: bool) -> np.ndarray:
