@@ -264,7 +264,7 @@ def _check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> 
             "do. Give cells that were set aside, or those of validation."
         )
     places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
-    pairs = [(i, places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
+    pairs = [(int(i), places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
     shared = [i for i, j in pairs if np.array_equal(*_rows(readers, i, j))]
     if shared:
         raise ValueError(
