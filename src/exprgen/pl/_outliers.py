@@ -114,6 +114,8 @@ def _draw_band(ax: Axes, n_cells: int, n_calibration: int, n_bins: int) -> None:
 def _draw_scores(
     ax: Axes, info: Mapping[str, Any], against: np.ndarray, score: np.ndarray, found: np.ndarray
 ) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     dots: dict[str, Any] = {"linewidths": 0, "rasterized": len(score) > 5000}
     ax.scatter(
         info["calibration_against"],
@@ -128,5 +130,8 @@ def _draw_scores(
         ax.scatter(
             against[rows], score[rows], s=7, color=color, alpha=0.6, zorder=2, label=label, **dots
         )
-    ax.set(xscale="log", xlabel=f"{info['against']}", ylabel="score (standard deviations)")
+    ax.set(xscale="log", xlabel=info["against"], ylabel="score (standard deviations)")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, markerscale=1.8)

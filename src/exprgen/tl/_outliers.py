@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,26 +11,23 @@ from scipy import stats
 
 from exprgen import _slots
 from exprgen._arguments import check_bool, check_choice, check_positive_int
-from exprgen._errors import DataQualityWarning, closest, name_some
+from exprgen._errors import DataQualityWarning
 from exprgen._random import resolve_seed
-from exprgen.models._cells import cell_keys, split_labels
 from exprgen.models._mudata import target_of
 from exprgen.models._surprise import TERMS
 from exprgen.tl._conformal_ranks import conformal_p_values
 from exprgen.tl._model import check_model
+from exprgen.tl._outlier_cells import check_cells, groups_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
     from exprgen.models import GenerativeModel
-    from exprgen.models._cells import GeneReader
 
 __all__ = ["outliers"]
 
 SCORES = {"combined": TERMS, **{term: (term,) for term in TERMS}}
-# Fewer would be ranked by a regression of six coefficients that passes through them.
-MIN_CALIBRATION = 20
 # Where more of the cells than this would have to be outliers to be found, there is a warning.
 _LEVEL, _LARGEST_SHARE = 0.05, 0.1
 # Streams of random numbers under one seed.
@@ -137,8 +134,8 @@ def outliers(
     _slots.check_key(key_added)
     seed = resolve_seed(seed)
     query, reference = _read(model, adata, groupby), _read(model, calibration, groupby)
-    groups = _groups(query, reference, groupby)
-    split = _check_cells(model, query, reference)
+    groups = groups_of(query, reference, groupby)
+    split = check_cells(model, query, reference)
 
     (of_query, technical), (of_reference, of_calibration) = (
         model._surprise(
@@ -216,77 +213,6 @@ def _check_score(model: GenerativeModel, score: str | None) -> tuple[str, ...]:
 
 def _read(model: GenerativeModel, data: AnnData | MuData, groupby: str | None) -> AnnData:
     return model._readable(data, *(() if groupby is None else (groupby,)))
-
-
-def _groups(
-    query: AnnData, reference: AnnData, groupby: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Group of each cell of both, as text; one for all without ``groupby``."""
-    if reference.n_obs < MIN_CALIBRATION:
-        raise ValueError(
-            f"calibration has {reference.n_obs} cells, at least {MIN_CALIBRATION} are needed. Set "
-            "some aside before training."
-        )
-    if groupby is None:
-        return np.zeros(query.n_obs), np.zeros(reference.n_obs)
-    found = []
-    for cells, name in ((query, "adata"), (reference, "calibration")):
-        if groupby not in cells.obs:
-            raise KeyError(
-                f"groupby={groupby!r} is no column of {name}.obs.{closest(groupby, cells.obs)}"
-            )
-        missing = cells.obs[groupby].isna().to_numpy()
-        if missing.any():
-            raise ValueError(
-                f"{name}.obs[{groupby!r}] (groupby) is missing for {missing.sum()} cells: "
-                f"{name_some(cells.obs_names[missing])}. Give them a label, or leave them out."
-            )
-        found.append(cells.obs[groupby].astype(str).to_numpy())
-    without = np.setdiff1d(*found)
-    if without.size:
-        raise ValueError(
-            f"calibration has no cell of {without.size} groups of adata.obs[{groupby!r}]: "
-            f"{name_some(without)}. Add some, leave out those of adata, or groupby=None."
-        )
-    return found[0], found[1]
-
-
-def _check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> pd.Categorical:
-    """Refuse calibration cells that tell nothing of new ones; say what the query cells are."""
-    readers = model._reader(query), model._reader(reference)
-    keys = cell_keys(query, readers[0]), cell_keys(reference, readers[1])
-    split, of_reference = (split_labels(of_cells, model.cell_keys_) for of_cells in keys)
-    trained = np.asarray(of_reference == "train")
-    if trained.any():
-        raise ValueError(
-            f"calibration has {trained.sum()} cells that the model was trained on: "
-            f"{name_some(reference.obs_names[trained])}. They look more ordinary than new cells "
-            "do. Give cells that were set aside, or those of validation."
-        )
-    places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
-    pairs = [(int(i), places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
-    shared = [i for i, j in pairs if np.array_equal(*_rows(readers, i, j))]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} cells of adata are in calibration as well: "
-            f"{name_some(query.obs_names[shared])}. Each would be compared with itself: leave "
-            "them out of one of the two."
-        )
-    trained = np.asarray(split == "train")
-    if trained.any():
-        warnings.warn(
-            f"The model was trained on {trained.sum()} of {len(trained)} cells of adata: they "
-            "look more ordinary than new cells do, and their p-values are too large (a column of "
-            "obs says which they are).",
-            DataQualityWarning,
-            stacklevel=3,
-        )
-    return split
-
-
-def _rows(readers: tuple[GeneReader, GeneReader], i: int, j: int) -> tuple[Any, Any]:
-    """A row of each."""
-    return readers[0].rows(np.array([i])), readers[1].rows(np.array([j]))
 
 
 def _covariates(technical: dict[str, np.ndarray], adjust: bool) -> np.ndarray:
