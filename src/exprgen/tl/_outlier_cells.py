@@ -31,9 +31,11 @@ def groups_of(
     Raises
     ------
     KeyError, ValueError
-        If there are too few calibration cells, all in all or of a group; if the column is missing
+        If there are no cells, or too few calibration cells, all in all or of a group; if the column is missing
         or has missing values.
     """
+    if not query.n_obs:
+        raise ValueError("adata has no cells: there is nothing to judge.")
     if reference.n_obs < MIN_CALIBRATION:
         raise ValueError(
             f"calibration has {reference.n_obs} cells, at least {MIN_CALIBRATION} are needed. Set "
