@@ -31,8 +31,8 @@ def groups_of(
     Raises
     ------
     KeyError, ValueError
-        If there are no cells, or too few calibration cells, all in all or of a group; if the column is missing
-        or has missing values.
+        If there are no cells, or too few calibration cells, all in all or of a group; if the
+        column is missing or has missing values.
     """
     if not query.n_obs:
         raise ValueError("adata has no cells: there is nothing to judge.")
