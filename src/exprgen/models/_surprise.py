@@ -86,7 +86,10 @@ class SurpriseMixin(ModelCore):
                 if codes is not None:
                     c[:, :n_labels] = torch.from_numpy(codes).to(c)
                 of_block = generator(*noise, block)
-                found.append(self._both_terms(x, c, library, terms, n_samples, of_block))
+                if terms:
+                    found.append(self._both_terms(x, c, library, terms, n_samples, of_block))
+            if not terms:
+                continue
             by_option = torch.stack(found).cpu().numpy()  # the counts' term is the first
             nearest = by_option[:, :, 0].argmin(0)
             both = by_option[nearest, np.arange(len(nearest))]

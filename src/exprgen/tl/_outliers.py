@@ -16,6 +16,7 @@ from exprgen._random import resolve_seed
 from exprgen.models._mudata import target_of
 from exprgen.models._surprise import TERMS
 from exprgen.tl._conformal_ranks import conformal_p_values
+from exprgen.tl._contrast import contrast
 from exprgen.tl._model import check_model
 from exprgen.tl._outlier_cells import check_cells, groups_of
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["outliers"]
 
-SCORES = {"combined": TERMS, **{term: (term,) for term in TERMS}}
+SCORES = ("combined", *TERMS, "contrast")
 # Where more of the cells than this would have to be outliers to be found, there is a warning.
 _LEVEL, _LARGEST_SHARE = 0.05, 0.1
 # Streams of random numbers under one seed.
@@ -40,7 +41,7 @@ def outliers(
     calibration: AnnData | MuData,
     *,
     groupby: str | None = None,
-    score: Literal["combined", "likelihood", "latent"] | None = None,
+    score: Literal["combined", "likelihood", "latent", "contrast"] = "combined",
     conditions: Literal["own", "best"] = "own",
     adjust: bool = True,
     n_samples: int = 10,
@@ -73,9 +74,10 @@ def outliers(
         P-values are then valid in each group, and larger, as groups are smaller.
     score
         What is ranked. ``"likelihood"``: how unlikely the counts are given their depth.
-        ``"latent"``: how far in the tails of its prior the cell's latent state lies.
-        ``"combined"``: both, in equal parts. ``None`` is ``"combined"``, and ``"likelihood"`` in
-        gene space, where there is no other.
+        ``"latent"``: how far in the tails of its prior the cell's latent state lies (not in gene
+        space). ``"contrast"``: how well a classifier tells the cell from cells that the model
+        draws; it learns from all cells of the call, and finds several new ones of a kind best.
+        ``"combined"``: all of these, in equal parts.
     conditions
         ``"own"``: given the cell's own conditions. ``"best"``: given those labels of training
         under which it is the likeliest, for cells that have none, or none that training saw.
@@ -105,7 +107,7 @@ def outliers(
     ------
     ValueError
         If calibration cells were trained on, are also in ``adata``, or are fewer than 20; if a
-        group has none; if the model is one in gene space and the score needs a latent state.
+        group has none; if the model is one in gene space and the score is of a latent state.
 
     Warns
     -----
@@ -122,7 +124,7 @@ def outliers(
     adjusted :cite:p:`bates2023`; that it is with the adjustment is an approximation.
     """
     check_model(model)
-    terms = _check_score(model, score)
+    terms = _terms_of(model, score)
     check_choice(conditions, "conditions", ("own", "best"))
     if conditions == "best" and not model.schema.labels:
         raise ValueError(
@@ -137,10 +139,10 @@ def outliers(
     groups = groups_of(query, reference, groupby)
     split = check_cells(model, query, reference)
 
-    (of_query, technical), (of_reference, of_calibration) = (
+    of_query, of_reference = (
         model._surprise(
             cells,
-            terms,
+            [term for term in TERMS if term in terms],
             conditions=conditions,
             n_samples=n_samples,
             unseen=unseen,
@@ -153,9 +155,14 @@ def outliers(
             (reference, _CALIBRATION, "Calibration cells"),
         )
     )
+    values = [of_query.terms, of_reference.terms]
+    if "contrast" in terms:
+        odds = contrast(model, query, reference, seed=seed)
+        values = [np.column_stack(pair) for pair in zip(values, odds, strict=True)]
+    technical, of_calibration = of_query.technical, of_reference.technical
     found = conformal_p_values(
-        of_reference,
-        of_query,
+        values[1],
+        values[0],
         _covariates(of_calibration, adjust),
         _covariates(technical, adjust),
         groups[1],
@@ -178,11 +185,11 @@ def outliers(
             "split": split,
         },
         info={
-            "score": score or ("combined" if len(terms) > 1 else terms[0]),
+            "score": score,
             "conditions": conditions,
             "adjusted_for": list(technical) if adjust else [],
             "groupby": groupby,
-            "n_calibration": len(of_reference),
+            "n_calibration": reference.n_obs,
             "smallest_p": 1 / (sizes.max() + 1),
             "against": against,
             "calibration_score": found.calibration_scores,
@@ -196,19 +203,19 @@ def outliers(
     return target
 
 
-def _check_score(model: GenerativeModel, score: str | None) -> tuple[str, ...]:
+def _terms_of(model: GenerativeModel, score: str) -> tuple[str, ...]:
     """Names of the terms that a score is made of."""
+    check_choice(score, "score", SCORES)
     has_state = model.module.space.is_learned
-    if score is None:
-        return SCORES["combined" if has_state else "likelihood"]
-    terms = SCORES[check_choice(score, "score", (*SCORES, None))]
-    if "latent" in terms and not has_state:
+    if score == "latent" and not has_state:
         raise ValueError(
-            f"score={score!r} needs a latent state. This {type(model).__name__} models the values "
-            "themselves, in gene space: take score='likelihood', or exprgen.CondVAE, or a model "
-            "of the counts."
+            f"score='latent' needs a latent state. This {type(model).__name__} models the values "
+            "themselves, in gene space: take another score, exprgen.CondVAE, or a model of the "
+            "counts."
         )
-    return terms
+    if score == "combined":
+        return tuple(term for term in SCORES[1:] if term != "latent" or has_state)
+    return (score,)
 
 
 def _read(model: GenerativeModel, data: AnnData | MuData, groupby: str | None) -> AnnData:
