@@ -15,6 +15,7 @@ from exprgen import NBVAE, CondVAE, ExprFlow, pl, tl
 from exprgen._errors import DataQualityWarning, GeneMismatchError, UnseenCategoryError
 from exprgen.datasets import simulate_latent
 from exprgen.tl._conformal_ranks import conformal_p_values
+from exprgen.tl._contrast import contrast
 from exprgen.tl._tail_pvalues import tail_p_values
 
 QUIET = {"progress_bar": False, "seed": 0}
@@ -171,6 +172,22 @@ def test_the_terms_are_the_bound_and_the_ratio_of_posterior_and_prior(left_out):
     np.testing.assert_allclose(found.terms[:5, 1], (log_q - smooth).numpy(), atol=1.0)
 
 
+def test_the_contrast_treats_calibration_and_other_cells_alike(left_out):
+    """Which of the cells calibrate changes no score; a model's own cells have even odds."""
+    model, calibration, query, is_out = left_out
+    both = ad.concat([calibration, query])
+    odds = np.concatenate(contrast(model, query, calibration, seed=0)[::-1])
+    order = np.random.default_rng(0).permutation(both.n_obs)
+    others, chosen = order[:300], order[300:]
+    again = contrast(model, both[chosen].copy(), both[others].copy(), seed=0)
+    np.testing.assert_allclose(np.concatenate(again[::-1]), odds[order], atol=0.05)
+    of_query = odds[calibration.n_obs :]
+    assert roc_auc_score(is_out, of_query) > 0.95
+    ordinary = both[: calibration.n_obs + int((~is_out).sum())]
+    without = np.concatenate(contrast(model, ordinary[300:], ordinary[:300], seed=0))
+    assert np.std(without) < 0.5 * np.std(of_query)
+
+
 def test_the_best_label_is_the_likeliest_and_needs_none(left_out):
     calibration, query = (part.copy() for part in left_out[1:3])
     train = left_out[0].adata
@@ -246,12 +263,12 @@ def test_continuous_models_answer_too():
         model = model_class(train, seed=0, **kwargs)
         model.train(**short, progress_bar=False)
         if model_class is ExprFlow:
-            with refused(ValueError, "score='combined'", "gene space", "CondVAE", of=query):
-                tl.outliers(query, model, calibration, score="combined", **options)
+            with refused(ValueError, "score='latent'", "gene space", "CondVAE", of=query):
+                tl.outliers(query, model, calibration, score="latent", **options)
         with pytest.warns(DataQualityWarning, match="60 calibration cells"):
             found = tl.outliers(query, model, calibration, **options)
         info = found.uns["exprgen"]["outliers"]
-        assert info["score"] == ("likelihood" if model_class is ExprFlow else "combined")
+        assert info["score"] == "combined"
         assert list(info["adjusted_for"]) == ["genes detected"]
         detected = query.layers["log"].toarray() > model.module.space.likelihood.lower.numpy()
         np.testing.assert_array_equal(found.obs["exprgen_outlier_detected"], detected.sum(1))

@@ -34,16 +34,17 @@ def contrast(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log odds of not being drawn, of query ``(m,)`` and calibration cells ``(n,)``.
 
-    The model's cells are drawn for the calibration cells' conditions.
+    The model's cells are drawn for conditions as they occur in training; for the calibration
+    cells' where the model keeps none, which is with an embedding.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    n_each = -(-_N_DRAWN // reference.n_obs)
-    drawn = model.sample(
-        reference, n_obs=n_each, on_extrapolation="ignore", progress_bar=False, seed=seed
-    )
+    conditions, n_each = None, _N_DRAWN
+    if model.schema.embedding_key is not None:
+        conditions, n_each = reference, -(-_N_DRAWN // reference.n_obs)
+    drawn = model.sample(conditions, n_obs=n_each, progress_bar=False, seed=seed)
     parts = [_values(model, cells) for cells in (drawn, query, reference)]
     values = sparse.vstack(parts, format="csr")
     if model.needs_counts:
