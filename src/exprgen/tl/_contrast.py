@@ -44,7 +44,9 @@ def contrast(
     conditions, n_each = None, _N_DRAWN
     if model.schema.embedding_key is not None:
         conditions, n_each = reference, -(-_N_DRAWN // reference.n_obs)
-    drawn = model.sample(conditions, n_obs=n_each, progress_bar=False, seed=seed)
+    drawn = model.sample(
+        conditions, n_obs=n_each, on_extrapolation="ignore", progress_bar=False, seed=seed
+    )
     parts = [_values(model, cells) for cells in (drawn, query, reference)]
     values = sparse.vstack(parts, format="csr")
     if model.needs_counts:
