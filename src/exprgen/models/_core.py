@@ -305,8 +305,19 @@ class ModelCore(BaseModelClass):
         matrix = adata.X if layer is None else adata.layers.get(layer)
         if matrix is None or not self.var_names.isin(adata.var_names).all():
             return None
+        return split_labels(cell_keys(adata, self._reader(adata)), self.cell_keys_)
+
+    def _reader(self, adata: AnnData) -> GeneReader:
+        """Rows of the modelled layer, genes in the model's order.
+
+        Raises
+        ------
+        KeyError, GeneMismatchError
+            If there is no such layer, or genes are missing.
+        """
+        matrix = _validate.matrix_of(adata, self._setup_args["layer"])
         order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
-        return split_labels(cell_keys(adata, GeneReader(matrix, order)), self.cell_keys_)
+        return GeneReader(matrix, order)
 
     def _new_adata(self, query: Query) -> AnnData:
         """An AnnData with a row per condition and no counts, to write to."""

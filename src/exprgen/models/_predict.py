@@ -17,10 +17,15 @@ from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
 from exprgen.models._query import CELL, TABLE, Query, log_library, with_batch
-from exprgen.models._statistics import Moments, predictive_of_cell, predictive_of_mean
+from exprgen.models._statistics import (
+    Moments,
+    Predictive,
+    predictive_of_cell,
+    predictive_of_mean,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mudata import MuData
 
@@ -128,26 +133,15 @@ class PredictMixin(ModelCore):
         )
         rows = np.arange(len(query.table))
         log_depth = log_library("sampled" if library is None else library, rows, len(rows))
-        distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
-        _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
         names = [_slots.quantile_name(q) for q in quantiles]
         columns = slice(None) if selected is None else selected
-        groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
         results: dict[str, np.ndarray] = {}
-        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
-            noise = generator(seed, CELL, i)
-            depth = None if log_depth is None else log_depth[row]
-            decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
-            share = self._parameter_share(query, row)
-            if of == "cell":
-                law = predictive_of_cell(self.module, decoded, donor, noise, share)
-            else:
-                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells, share)
+        for group, law in self._laws(query, log_depth, of, n_cells, n_samples, seed, progress_bar):
             for name, value in law.slots(quantiles, names).items():
                 value = value[columns]
                 if name not in results:
                     results[name] = np.empty((len(rows), len(value)), np.float32)
-                results[name][groups[i]] = value
+                results[name][group] = value
         info: dict[str, Any] = {
             "of": of,
             "n_cells": n_cells or 0,
@@ -182,6 +176,31 @@ class PredictMixin(ModelCore):
                 f"of='mean' needs the batch: give {self.schema.batch_key!r} in conditions. Its "
                 "interval would otherwise leave out how much batches differ."
             )
+
+    def _laws(
+        self,
+        query: Query,
+        log_depth: Tensor | None,
+        of: Literal["cell", "mean"],
+        n_cells: int | None,
+        n_samples: int,
+        seed: int,
+        progress_bar: bool,
+    ) -> Iterator[tuple[np.ndarray, Predictive]]:
+        """The law of each distinct row of conditions, and the rows that it is the law of."""
+        distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
+        _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
+        groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
+        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
+            noise = generator(seed, CELL, i)
+            depth = None if log_depth is None else log_depth[row]
+            decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
+            law = self.module, decoded, donor, noise
+            share = self._parameter_share(query, row)
+            if of == "cell":
+                yield groups[i], predictive_of_cell(*law, share)
+            else:
+                yield groups[i], predictive_of_mean(*law, n_cells, share)
 
     def _decoded(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from exprgen.pl._embedding import embedding
 from exprgen.pl._evaluation import evaluation
 from exprgen.pl._moments import moments
+from exprgen.pl._outliers import outliers
 from exprgen.pl._uncertainty import uncertainty
 
-__all__ = ["embedding", "evaluation", "moments", "uncertainty"]
+__all__ = ["embedding", "evaluation", "moments", "outliers", "uncertainty"]
