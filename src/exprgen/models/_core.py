@@ -24,7 +24,7 @@ from exprgen.models._fields import CONDITIONS_KEY, encode_cells
 from exprgen.models._mudata import home_of, in_modality, own_names, read_modality, target_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from exprgen.models._query import Query
     from exprgen.module import ExpressionModule
@@ -270,6 +270,7 @@ class ModelCore(BaseModelClass):
         key_added: str,
         overwrite: bool,
         copy: bool,
+        replaces: Sequence[str] = (),
     ) -> AnnData | MuData:
         """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``given``'s genes."""
         target = target_of(given, copy)
@@ -287,6 +288,7 @@ class ModelCore(BaseModelClass):
             obs={} if split is None else {"split": split},
             info=info,
             var_names=None if selected is None else list(self.var_names[selected]),
+            replaces=replaces,
             overwrite=overwrite,
         )
         return target

@@ -167,6 +167,7 @@ class PredictMixin(ModelCore):
             key_added=key_added,
             overwrite=overwrite,
             copy=copy,
+            replaces=("conformalize",),
         )
 
     def _check_batch_given(self, conditions: pd.DataFrame | Mapping[str, Any] | AnnData) -> None:
