@@ -82,7 +82,7 @@ class Law:
             # Rounding errors must not shorten an interval.
             lower, upper = np.ceil(lower - 0.5 - 1e-6), np.floor(upper + 0.5 + 1e-6)
             lower, upper = np.maximum(lower, 0), np.maximum(upper, 0)
-        return lower, upper
+        return lower, np.maximum(lower, upper)
 
     def _mirrored(self) -> Law:
         """The law of -x, whose lower tail is the upper one here, to full precision."""

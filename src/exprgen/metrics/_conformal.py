@@ -62,7 +62,8 @@ def conformal_threshold(
     -------
     float
         One of ``p``. In expectation over units at most ``alpha`` of the next unit's values lie
-        below, and at least alpha - 1 / (n + 1) up to ties, n the number of units.
+        below; of a single gene without ties also at least alpha - 1 / (n + 1), n the number of
+        units.
 
     Raises
     ------

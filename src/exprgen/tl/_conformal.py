@@ -139,8 +139,8 @@ def conformalize(
     tails, lowest = np.empty((len(labels), len(target.genes))), 0.0
     for rows in source.blocks():
         x = observed(calibration, layer, source, rows) if values is None else values[rows]
-        law = source.law(rows)
-        tails[rows] = law.tail(x, rng.random(x.shape))[:, columns]
+        law = source.law(rows, columns)
+        tails[rows] = law.tail(x[:, columns], rng.random(x.shape))
         lowest = min(lowest, x.min(), law.quantiles.min())
     thresholds = np.stack(
         [_thresholds(tails[labels == n], units[labels == n], alpha, per_gene) for n in names]

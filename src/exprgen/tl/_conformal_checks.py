@@ -82,7 +82,7 @@ def check_sizes(
         )
     needed, why = units_needed(alpha), "1/alpha - 1"
     if per_gene:
-        needed = max(needed, int(np.ceil(alpha * (1 - alpha) / _SPREAD**2 - 2)))
+        needed = max(needed, int(np.ceil(alpha * (1 - alpha) / _SPREAD**2 - 2 - 1e-9)))
         why = "per_gene=True, so that a gene's coverage varies by three points at most"
     few = {name or "all": n for name, n in sizes.items() if n < needed}
     if few:
