@@ -1,0 +1,352 @@
+r"""Do intervals of held-out cells, and of a new donor's means, hold their level?
+
+NBVAE at its defaults, 1000 highly variable genes of the training cells.
+
+**Cells**: ``pbmc3k_labelled`` and ``kang_ctrl_8donors``; 70 % of the cells for training, 10 % for
+calibration, 20 % judged given their type. A count is inside an interval of level c if its
+randomised PIT u has :math:`|2u - 1| \le c`: closed intervals of counts cannot have a level exactly
+(their coverage and mean width are printed beside it). u is the rank of the cell's count among
+
+- ``NBVAE``: 1000 cells that the model draws for the type;
+- ``NBVAE, from layers``: eleven quantiles that ``predict`` writes, interpolated;
+- ``conformal, pooled``, ``per type``, ``per gene``: the conformal rank of the row above among the
+  calibration cells. ``per gene`` is per type and gene, which ``tl.conformalize`` refuses at these
+  sizes;
+- ``training cells``: real cells of the type;
+- ``their own quantiles``: the judged cells of the type themselves, which have seen the answer.
+
+Pairs are of gene and type. ``within 3 points`` is the share of pairs whose coverage is, ``of
+ceiling`` that over what exact intervals would have at the type's number of cells (binomial).
+``outside band`` is the share beyond the 99 % band of a beta-binomial, which allows for the number
+of cells ranked among; of exact intervals at most 1 %.
+
+**New donors**: each donor of ``kang_ctrl_8donors`` left out in turn, the others registered as
+``donor_key``. Its cells, as above; and its means of types with 20 cells or more, in the 90 %
+interval of ``predict(of="mean")``. ``no donor term`` leaves the variance between donors out of it;
+``pooled cells`` has mean and variance from the other donors' cells, as if cells were all there is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from _common import (
+    TYPE,
+    arguments,
+    format_table,
+    load,
+    prepare,
+    say,
+    train_test,
+    variable_genes,
+    write,
+)
+from scipy import stats
+
+import exprgen
+from exprgen import metrics
+from exprgen._slots import quantile_name
+from exprgen.tl._predicted import observed, read_predicted
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+
+SETS, DONORS, DONOR = ("pbmc3k_labelled", "kang_ctrl_8donors"), "kang_ctrl_8donors", "donor"
+LEVELS = (0.8, 0.9, 0.95)
+QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
+KINDS = (
+    "NBVAE",
+    "NBVAE, from layers",
+    "conformal, pooled",
+    "conformal, per type",
+    "conformal, per gene",
+    "training cells",
+    "their own quantiles",
+)
+N_GENES, N_DRAWS, MIN_CELLS = 1000, 1000, 20
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--splits", type=int, default=2)
+    parser.add_argument("--donors", type=int, default=8, help="how many are left out in turn")
+    args = parser.parse_args()
+    if args.quick:
+        args.splits, args.donors = 1, 1
+    prepare(args)
+    rows: list[dict[str, Any]] = []
+    for name in SETS:
+        adata = load(args.data, name)
+        for seed in range(args.seed, args.seed + args.splits):
+            rows += cells(adata, name, seed, args)
+            save(rows, args)
+    adata = load(args.data, DONORS)
+    for donor in list(adata.obs[DONOR].unique())[: args.donors]:
+        rows += new_donor(adata, donor, args)
+        save(rows, args)
+    print(markdown(pd.DataFrame(rows)))
+
+
+def cells(adata: AnnData, name: str, seed: int, args: argparse.Namespace) -> Iterator[dict]:
+    """Held-out cells given their type."""
+    train, rest = train_test(adata, TYPE, 0.3, seed)
+    genes = variable_genes(train, N_GENES)
+    train, rest = train[:, genes].copy(), rest[:, genes].copy()
+    calibration, test = train_test(rest, TYPE, 2 / 3, seed)
+    model = fitted(train, seed, args)
+    say(f"{name}, split {seed}: trained")
+    rng = np.random.default_rng(seed)
+    types, counts = labels(test), test.layers["counts"].toarray()
+    noise = rng.random(counts.shape)
+    known = from_layers(model, calibration, rng.random(calibration.shape), seed)
+    tails = {"NBVAE, from layers": from_layers(model, test, noise, seed)}
+    n_ranked = {"NBVAE, from layers": dict.fromkeys(np.unique(types), N_DRAWS)}
+    pools = {
+        label: {
+            "NBVAE": model.sample({TYPE: label}, n_obs=N_DRAWS, seed=seed, progress_bar=False),
+            "training cells": train[labels(train) == label],
+            "their own quantiles": test[types == label],
+        }
+        for label in np.unique(types)
+    }
+    for kind in ("NBVAE", "training cells", "their own quantiles"):
+        tails[kind], n_ranked[kind] = np.empty(counts.shape), {}
+        for label, pool in pools.items():
+            of, own = types == label, kind == "their own quantiles"
+            among = pool[kind].layers["counts"].toarray()
+            tails[kind][of] = ranked(counts[of], among, noise[of], own=own)
+            n_ranked[kind][label] = len(among)
+    new = tails["NBVAE, from layers"]
+    for kind in ("conformal, pooled", "conformal, per type", "conformal, per gene"):
+        tails[kind], n_ranked[kind] = np.empty(counts.shape), {}
+        for label in np.unique(types):
+            of = types == label
+            like = np.full(len(known), True) if "pooled" in kind else labels(calibration) == label
+            per_gene = kind == "conformal, per gene"
+            tails[kind][of] = conformal(known[like], new[of], per_gene, seed)
+            n_ranked[kind][label] = int(like.sum()) * (1 if per_gene else N_GENES)
+    closed = closed_coverage(test, calibration, seed)
+    for kind in KINDS:
+        for level in LEVELS:
+            yield {
+                "part": "cells",
+                "set": name,
+                "run": seed,
+                "kind": kind,
+                "level": level,
+                **judged(tails[kind], types, n_ranked[kind], level),
+                **closed.get((kind, level), {}),
+            }
+
+
+def labels(adata: AnnData) -> np.ndarray:
+    """The cells' types."""
+    return adata.obs[TYPE].astype(str).to_numpy()
+
+
+def fitted(train: AnnData, seed: int, args: argparse.Namespace, **keys: Any) -> exprgen.NBVAE:
+    """NBVAE at its defaults, given the type."""
+    exprgen.NBVAE.setup_anndata(train, layer="counts", categorical_condition_keys=[TYPE], **keys)
+    model = exprgen.NBVAE(train, seed=seed)
+    short = {"max_epochs": 2} if args.quick else {}
+    model.train(accelerator="cpu", progress_bar=False, **short)
+    return model
+
+
+def ranked(x: np.ndarray, pool: np.ndarray, noise: np.ndarray, *, own: bool = False) -> np.ndarray:
+    """Two-sided randomised tails of values among others; ``own`` if they are among them."""
+    pool = np.sort(pool, axis=0)
+    columns = range(x.shape[1])
+    ends = [
+        np.stack([np.searchsorted(pool[:, j], x[:, j], side) for j in columns], axis=1)
+        for side in ("left", "right")
+    ]
+    n = len(pool) + (not own)
+    u = (ends[0] + noise * (ends[1] - ends[0] + (not own))) / n
+    return 2 * np.minimum(u, 1 - u)
+
+
+def from_layers(model: Any, test: AnnData, noise: np.ndarray, seed: int) -> np.ndarray:
+    """Tails by the quantiles that predict writes."""
+    model.predict(test, quantiles=QUANTILES, seed=seed, progress_bar=False)
+    known = read_predicted(test, "exprgen", name="test")
+    return np.concatenate(
+        [
+            known.law(rows).tail(observed(test, "counts", known, rows), noise[rows])
+            for rows in known.blocks()
+        ]
+    )
+
+
+def conformal(calibration: np.ndarray, new: np.ndarray, per_gene: bool, seed: int) -> np.ndarray:
+    """Conformal ranks, of all genes together or of each."""
+    if not len(new):
+        return new
+    if not len(calibration):
+        return np.random.default_rng(seed).random(new.shape)
+    if not per_gene:
+        return metrics.conformal_rank(calibration, new, seed=seed)
+    genes = range(new.shape[1])
+    return np.concatenate(
+        [metrics.conformal_rank(calibration[:, [j]], new[:, [j]], seed=seed + j) for j in genes],
+        axis=1,
+    )
+
+
+def closed_coverage(
+    test: AnnData, calibration: AnnData, seed: int
+) -> dict[tuple[str, float], dict[str, float]]:
+    """Coverage and width of the closed integer intervals, as predicted and as corrected."""
+    found, x = {}, test.layers["counts"].toarray()
+    for level in LEVELS:
+        exprgen.tl.conformalize(test, calibration, alpha=round(1 - level, 3), seed=seed)
+        ends = [quantile_name(0.5 + side * level / 2) for side in (-1, 1)]
+        for kind, names in (
+            ("NBVAE, from layers", ends),
+            ("conformal, pooled", ["lower", "upper"]),
+        ):
+            low, high = (test.layers[f"exprgen_{end}"] for end in names)
+            found[kind, level] = {
+                "closed coverage": metrics.coverage(low, high, x),
+                "width": metrics.sharpness(low, high),
+            }
+    return found
+
+
+def judged(
+    tails: np.ndarray, types: np.ndarray, n_ranked: dict[str, int], level: float
+) -> dict[str, float]:
+    """Coverage over all values and over pairs of gene and type."""
+    inside = tails >= 1 - level
+    within, ceiling, outside = [], [], []
+    for label in np.unique(types):
+        of = types == label
+        n, hits = int(of.sum()), inside[of].sum(0)
+        within.append(np.abs(hits / n - level) <= 0.03 + 1e-9)
+        exact = stats.binom(n, level)
+        reach = np.floor(n * (level + 0.03) + 1e-9), np.ceil(n * (level - 0.03) - 1e-9) - 1
+        ceiling.append(np.full(len(hits), exact.cdf(reach[0]) - exact.cdf(reach[1])))
+        m = n_ranked[label] + 1
+        low, high = stats.betabinom(n, level * m, (1 - level) * m).ppf([0.005, 0.995])
+        outside.append((hits < low) | (hits > high))
+    share, best = np.concatenate(within).mean(), np.concatenate(ceiling).mean()
+    return {
+        "coverage": float(inside.mean()),
+        "within 3 points": float(share),
+        "of ceiling": float(share / best),
+        "outside band": float(np.concatenate(outside).mean()),
+    }
+
+
+def new_donor(adata: AnnData, donor: str, args: argparse.Namespace) -> Iterator[dict]:
+    """A donor whom training has not seen: its cells, and the means of its types."""
+    of = (adata.obs[DONOR] == donor).to_numpy()
+    genes = variable_genes(adata[~of], N_GENES)
+    train, test = adata[~of, genes].copy(), adata[of, genes].copy()
+    model = fitted(train, args.seed, args, donor_key=DONOR)
+    say(f"without donor {donor}: trained")
+    rng = np.random.default_rng(args.seed)
+    types, counts, known = labels(test), test.layers["counts"].toarray(), labels(train)
+    tails = {kind: np.empty(counts.shape) for kind in ("NBVAE", "training cells")}
+    means: dict[str, list[np.ndarray]] = {"NBVAE": [], "no donor term": [], "pooled cells": []}
+    expressed = []
+    for label in np.unique(types):
+        rows, pool = types == label, train.layers["counts"][known == label].toarray()
+        # A row of conditions for each cell: each comes from a donor of its own.
+        table = pd.DataFrame({TYPE: [label] * N_DRAWS})
+        drawn = model.sample(table, seed=args.seed, progress_bar=False).layers["counts"].toarray()
+        noise = rng.random(counts[rows].shape)
+        tails["NBVAE"][rows] = ranked(counts[rows], drawn, noise)
+        tails["training cells"][rows] = ranked(counts[rows], pool, noise)
+        n = int(rows.sum())
+        if n < MIN_CELLS:
+            continue
+        law = model.predict(
+            {TYPE: label}, of="mean", n_cells=n, seed=args.seed, progress_bar=False
+        )
+        mean, std, between, low, high = (
+            law.layers[f"exprgen_{part}"][0] for part in ("mean", "std", "std_donor", "q05", "q95")
+        )
+        found, z = counts[rows].mean(0), stats.norm.ppf(0.95)
+        means["NBVAE"].append((low <= found) & (found <= high))
+        within = z * np.sqrt(np.maximum(std**2 - between**2, 0))
+        means["no donor term"].append(np.abs(found - mean) <= within)
+        spread = z * np.sqrt(pool.var(0) * (1 / n + 1 / len(pool)))
+        means["pooled cells"].append(np.abs(found - pool.mean(0)) <= spread)
+        expressed.append(n * pool.mean(0) >= 5)
+    for kind, values in tails.items():
+        for level in LEVELS:
+            yield {
+                "part": "new donor, cells",
+                "set": DONORS,
+                "run": donor,
+                "kind": kind,
+                "level": level,
+                "coverage": float((values >= 1 - level).mean()),
+            }
+    for kind, values in means.items():
+        inside, seen = np.concatenate(values), np.concatenate(expressed)
+        yield {
+            "part": "new donor, means",
+            "set": DONORS,
+            "run": donor,
+            "kind": kind,
+            "level": 0.9,
+            "coverage": float(inside.mean()),
+            "coverage, 5 counts": float(inside[seen].mean()),
+        }
+
+
+def save(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    results = pd.DataFrame(rows)
+    write(args, "intervals", results, markdown(results))
+
+
+def markdown(results: pd.DataFrame) -> str:
+    """Tables of both sets of cells, of donors' cells, and of donors' means."""
+    text = ""
+    of_cells = results[results["part"] == "cells"]
+    measures = ["coverage", "within 3 points", "of ceiling", "outside band"]
+    measures += ["closed coverage", "width"]
+    for name, part in of_cells.groupby("set", sort=False):
+        columns = {}
+        for measure in measures:
+            means = part.pivot_table(values=measure, index="kind", columns="level")
+            shown = means.map("{:.3f}".format).agg(" / ".join, axis=1)
+            columns[measure] = shown.reindex(list(KINDS)).fillna("")
+        table = pd.DataFrame(columns)
+        text += (
+            f"**{name}**, intervals of 80 / 90 / 95 %; mean of {part['run'].nunique()} splits\n\n"
+        )
+        text += format_table(table, index="ranked among") + "\n"
+    of_donors = results[results["part"] == "new donor, cells"]
+    if len(of_donors):
+        nines = of_donors[of_donors["level"] == 0.9].pivot(
+            index="kind", columns="run", values="coverage"
+        )
+        every = of_donors.groupby(["kind", "level"])["coverage"].mean().unstack()
+        table = nines.map("{:.3f}".format)
+        table["mean of 80 / 90 / 95 %"] = [
+            " / ".join(f"{value:.3f}" for value in every.loc[kind]) for kind in table.index
+        ]
+        text += "**A new donor's cells**, intervals of 90 %, by donor\n\n"
+        text += format_table(table, index="ranked among") + "\n"
+    of_means = results[results["part"] == "new donor, means"]
+    if len(of_means):
+        table = of_means.pivot(index="kind", columns="run", values="coverage")
+        table["mean"] = table.mean(axis=1)
+        shown = of_means.groupby("kind")["coverage, 5 counts"].mean()
+        table["genes with 5 counts or more"] = shown
+        table = table.loc[["NBVAE", "no donor term", "pooled cells"]]
+        text += "**A new donor's means of types**, intervals of 90 %, by donor\n\n"
+        text += format_table(table.map("{:.3f}".format), index="interval") + "\n"
+    return text
+
+
+if __name__ == "__main__":
+    main()
