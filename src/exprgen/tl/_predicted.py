@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["BLOCK", "Predicted", "labels_of", "observed", "read_predicted"]
+__all__ = ["BLOCK", "Predicted", "labels_of", "names_of", "observed", "read_predicted"]
 
 BLOCK = 1024
 """Cells that are worked on at a time."""
@@ -118,9 +118,16 @@ def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
 
 
 def observed(
-    adata: AnnData, layer: str | None, predicted: Predicted, rows: np.ndarray
+    adata: AnnData,
+    layer: str | None,
+    predicted: Predicted,
+    rows: np.ndarray,
+    *,
+    name: str | None = None,
 ) -> np.ndarray:
     """Observed values of the predicted genes of some cells, ``(n, n_genes)`` float64.
+
+    ``name`` is what messages call ``adata`` if it is not the one with the predictions.
 
     Raises
     ------
@@ -129,7 +136,7 @@ def observed(
     ValueError
         Values that are not finite; values that are no counts where counts were predicted.
     """
-    name = predicted.name
+    name = name or predicted.name
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "
@@ -171,6 +178,12 @@ def labels_of(adata: AnnData, column: str, argument: str, *, name: str) -> np.nd
             "Remove these cells, or label them."
         )
     return labels.astype(str).to_numpy()
+
+
+def names_of(adata: AnnData, column: str) -> list[str]:
+    """Names of the groups that a column of obs has, in the order of its categories."""
+    labels = adata.obs[column].astype("category").cat.remove_unused_categories()
+    return [str(name) for name in labels.cat.categories]
 
 
 def _check_values(names: list[str], quantiles: list[Any], std: Any, name: str) -> bool:
