@@ -90,7 +90,7 @@ def calibration(
     from scipy import stats
 
     groups = _transforms(adata, key, groupby, layer, control, seed)
-    figure, panels = make_axes(axes, len(groups), n_cols=n_cols, size=(2.9, 2.8), share_y=True)
+    figure, panels = make_axes(axes, len(groups), n_cols=n_cols, size=_size(groups), share_y=True)
     for ax, (name, u, among) in zip(panels, groups, strict=True):
         n = len(u)
         low, high = (_points(stats.binom.ppf(q, n, _NOMINAL) / n) for q in _BAND)
@@ -153,7 +153,7 @@ def pit(
         As :func:`calibration`.
     """
     groups = _transforms(adata, key, groupby, layer, control, seed)
-    figure, panels = make_axes(axes, len(groups), n_cols=n_cols, size=(2.9, 2.6), share_y=True)
+    figure, panels = make_axes(axes, len(groups), n_cols=n_cols, size=_size(groups), share_y=True)
     edges = np.linspace(0, 1, n_bins + 1)
     for ax, (name, u, among) in zip(panels, groups, strict=True):
         bars, error = _histogram(u, edges)
@@ -260,6 +260,11 @@ def _histogram(u: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray
     density = np.stack([(bins == k).mean(1) for k in range(len(edges) - 1)], axis=1) / width
     error = density.std(0, ddof=min(1, len(u) - 1)) / np.sqrt(len(u))
     return density.mean(0), error
+
+
+def _size(groups: list[_Transforms]) -> tuple[float, float]:
+    """Inches of a panel; a single one has the legend below each other."""
+    return (2.9, 2.7) if len(groups) > 2 else (3.6, 3.7)
 
 
 def _title(ax: Axes, name: str, n: int) -> None:
