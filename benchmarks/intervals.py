@@ -8,7 +8,7 @@ randomised PIT u has :math:`|2u - 1| \le c`: closed intervals of counts cannot h
 (their coverage and mean width are printed beside it). u is the rank of the cell's count among
 
 - ``NBVAE``: 1000 cells that the model draws for the type;
-- ``NBVAE, from layers``: eleven quantiles that ``predict`` writes, interpolated;
+- ``NBVAE, 11 quantiles`` and ``25 quantiles`` that ``predict`` writes, interpolated;
 - ``conformal, pooled``, ``per type``, ``per gene``: the conformal rank of the row above among the
   calibration cells. ``per gene`` is per type and gene, which ``tl.conformalize`` refuses at these
   sizes;
@@ -57,11 +57,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 SETS, DONORS, DONOR = ("pbmc3k_labelled", "kang_ctrl_8donors"), "kang_ctrl_8donors", "donor"
+PARTS = ("cells", "donors")
 LEVELS = (0.8, 0.9, 0.95)
-QUANTILES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
+FEW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
+MANY = tuple(sorted({*FEW, 0.005, 0.995, *(round(0.05 * k, 2) for k in range(1, 20))}))
 KINDS = (
     "NBVAE",
-    "NBVAE, from layers",
+    "NBVAE, 11 quantiles",
+    "NBVAE, 25 quantiles",
     "conformal, pooled",
     "conformal, per type",
     "conformal, per gene",
@@ -73,23 +76,25 @@ N_GENES, N_DRAWS, MIN_CELLS = 1000, 1000, 20
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--splits", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--splits", type=int, default=2, help="of cells")
     parser.add_argument("--donors", type=int, default=8, help="how many are left out in turn")
     args = parser.parse_args()
     if args.quick:
         args.splits, args.donors = 1, 1
     prepare(args)
     rows: list[dict[str, Any]] = []
-    for name in SETS:
+    for name in SETS if "cells" in args.parts else ():
         adata = load(args.data, name)
         for seed in range(args.seed, args.seed + args.splits):
             rows += cells(adata, name, seed, args)
-            save(rows, args)
+            save("cells", rows, args)
+    rows = []
     adata = load(args.data, DONORS)
     for donor in list(adata.obs[DONOR].unique())[: args.donors]:
-        rows += new_donor(adata, donor, args)
-        save(rows, args)
-    print(markdown(pd.DataFrame(rows)))
+        if "donors" in args.parts:
+            rows += new_donor(adata, donor, args)
+            save("donors", rows, args)
 
 
 def cells(adata: AnnData, name: str, seed: int, args: argparse.Namespace) -> Iterator[dict]:
@@ -103,9 +108,10 @@ def cells(adata: AnnData, name: str, seed: int, args: argparse.Namespace) -> Ite
     rng = np.random.default_rng(seed)
     types, counts = labels(test), test.layers["counts"].toarray()
     noise = rng.random(counts.shape)
-    known = from_layers(model, calibration, rng.random(calibration.shape), seed)
-    tails = {"NBVAE, from layers": from_layers(model, test, noise, seed)}
-    n_ranked = {"NBVAE, from layers": dict.fromkeys(np.unique(types), N_DRAWS)}
+    tails = {"NBVAE, 11 quantiles": from_layers(model, test, FEW, noise, seed)}
+    tails["NBVAE, 25 quantiles"] = from_layers(model, test, MANY, noise, seed)
+    known = from_layers(model, calibration, MANY, rng.random(calibration.shape), seed)
+    n_ranked = {kind: dict.fromkeys(np.unique(types), N_DRAWS) for kind in tails}
     pools = {
         label: {
             "NBVAE": model.sample({TYPE: label}, n_obs=N_DRAWS, seed=seed, progress_bar=False),
@@ -121,7 +127,7 @@ def cells(adata: AnnData, name: str, seed: int, args: argparse.Namespace) -> Ite
             among = pool[kind].layers["counts"].toarray()
             tails[kind][of] = ranked(counts[of], among, noise[of], own=own)
             n_ranked[kind][label] = len(among)
-    new = tails["NBVAE, from layers"]
+    new = tails["NBVAE, 25 quantiles"]
     for kind in ("conformal, pooled", "conformal, per type", "conformal, per gene"):
         tails[kind], n_ranked[kind] = np.empty(counts.shape), {}
         for label in np.unique(types):
@@ -171,9 +177,11 @@ def ranked(x: np.ndarray, pool: np.ndarray, noise: np.ndarray, *, own: bool = Fa
     return 2 * np.minimum(u, 1 - u)
 
 
-def from_layers(model: Any, test: AnnData, noise: np.ndarray, seed: int) -> np.ndarray:
+def from_layers(
+    model: Any, test: AnnData, quantiles: tuple[float, ...], noise: np.ndarray, seed: int
+) -> np.ndarray:
     """Tails by the quantiles that predict writes."""
-    model.predict(test, quantiles=QUANTILES, seed=seed, progress_bar=False)
+    model.predict(test, quantiles=quantiles, seed=seed, progress_bar=False)
     known = read_predicted(test, "exprgen", name="test")
     return np.concatenate(
         [
@@ -207,7 +215,7 @@ def closed_coverage(
         exprgen.tl.conformalize(test, calibration, alpha=round(1 - level, 3), seed=seed)
         ends = [quantile_name(0.5 + side * level / 2) for side in (-1, 1)]
         for kind, names in (
-            ("NBVAE, from layers", ends),
+            ("NBVAE, 25 quantiles", ends),
             ("conformal, pooled", ["lower", "upper"]),
         ):
             low, high = (test.layers[f"exprgen_{end}"] for end in names)
@@ -302,18 +310,19 @@ def new_donor(adata: AnnData, donor: str, args: argparse.Namespace) -> Iterator[
         }
 
 
-def save(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def save(part: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     results = pd.DataFrame(rows)
-    write(args, "intervals", results, markdown(results))
+    text = (of_cells if part == "cells" else of_donors)(results)
+    write(args, f"intervals_{part}", results, text)
+    print(text)
 
 
-def markdown(results: pd.DataFrame) -> str:
-    """Tables of both sets of cells, of donors' cells, and of donors' means."""
+def of_cells(results: pd.DataFrame) -> str:
+    """A table for each set."""
     text = ""
-    of_cells = results[results["part"] == "cells"]
     measures = ["coverage", "within 3 points", "of ceiling", "outside band"]
     measures += ["closed coverage", "width"]
-    for name, part in of_cells.groupby("set", sort=False):
+    for name, part in results.groupby("set", sort=False):
         columns = {}
         for measure in measures:
             means = part.pivot_table(values=measure, index="kind", columns="level")
@@ -324,28 +333,26 @@ def markdown(results: pd.DataFrame) -> str:
             f"**{name}**, intervals of 80 / 90 / 95 %; mean of {part['run'].nunique()} splits\n\n"
         )
         text += format_table(table, index="ranked among") + "\n"
-    of_donors = results[results["part"] == "new donor, cells"]
-    if len(of_donors):
-        nines = of_donors[of_donors["level"] == 0.9].pivot(
-            index="kind", columns="run", values="coverage"
-        )
-        every = of_donors.groupby(["kind", "level"])["coverage"].mean().unstack()
-        table = nines.map("{:.3f}".format)
-        table["mean of 80 / 90 / 95 %"] = [
-            " / ".join(f"{value:.3f}" for value in every.loc[kind]) for kind in table.index
-        ]
-        text += "**A new donor's cells**, intervals of 90 %, by donor\n\n"
-        text += format_table(table, index="ranked among") + "\n"
-    of_means = results[results["part"] == "new donor, means"]
-    if len(of_means):
-        table = of_means.pivot(index="kind", columns="run", values="coverage")
-        table["mean"] = table.mean(axis=1)
-        shown = of_means.groupby("kind")["coverage, 5 counts"].mean()
-        table["genes with 5 counts or more"] = shown
-        table = table.loc[["NBVAE", "no donor term", "pooled cells"]]
-        text += "**A new donor's means of types**, intervals of 90 %, by donor\n\n"
-        text += format_table(table.map("{:.3f}".format), index="interval") + "\n"
     return text
+
+
+def of_donors(results: pd.DataFrame) -> str:
+    """A table of donors' cells, and one of their means; a column per donor."""
+    of_cell = results[results["part"] == "new donor, cells"]
+    every = of_cell.groupby(["kind", "level"])["coverage"].mean().unstack()
+    table = of_cell[of_cell["level"] == 0.9].pivot(index="kind", columns="run", values="coverage")
+    table = table.map("{:.3f}".format)
+    table["mean of 80 / 90 / 95 %"] = every.map("{:.3f}".format).agg(" / ".join, axis=1)
+    text = "**A new donor's cells**, intervals of 90 %, by donor\n\n"
+    text += format_table(table, index="ranked among") + "\n"
+    of_mean = results[results["part"] == "new donor, means"]
+    table = of_mean.pivot(index="kind", columns="run", values="coverage")
+    table["mean"] = table.mean(axis=1)
+    seen = of_mean.groupby("kind")["coverage, 5 counts"].mean()
+    table["genes with 5 counts or more"] = seen
+    table = table.loc[["NBVAE", "no donor term", "pooled cells"]].map("{:.3f}".format)
+    text += "**A new donor's means of types**, intervals of 90 %, by donor\n\n"
+    return text + format_table(table, index="interval")
 
 
 if __name__ == "__main__":
