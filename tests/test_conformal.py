@@ -429,6 +429,9 @@ def test_with_a_model_from_layers_and_obsm_through_a_file(tmp_path):
     model.predict(test, n_samples=50, seed=2, progress_bar=False)
     assert "exprgen_lower" not in test.layers
     assert "conformalize" not in test.uns["exprgen"]
+    table = model.predict({"cell_type": ["type_1", "type_0"]}, n_samples=50, progress_bar=False)
+    tl.conformalize(table, calibration, groupby="cell_type", seed=0)
+    assert (table.layers["exprgen_lower"] <= table.layers["exprgen_upper"]).all()
     genes = list(test.var_names[[3, 1]])
     for cells in (calibration, test):
         model.predict(cells, genes=genes, n_samples=50, seed=1, progress_bar=False)
