@@ -36,7 +36,7 @@ def conformalize(
     key: str = "exprgen",
     alpha: float = 0.1,
     groupby: str | None = None,
-    per_gene: bool = False,
+    per_gene: bool | None = None,
     donor_key: str | None = None,
     layer: str | None = "counts",
     overwrite: bool = False,
@@ -50,7 +50,7 @@ def conformalize(
     most a share alpha of the values lies outside, in expectation over units and calibration sets
     :cite:p:`angelopoulos2024`. This holds whatever the model. It does not hold
 
-    - for each gene: the threshold is shared, and genes differ in coverage as they do in the model;
+    - for each gene, where genes share a threshold: they differ as they do in the model;
     - across conditions, perturbations or laboratories that the calibration set does not have;
     - for each calibration set: with n units the coverage varies around its level, at worst with a
       standard deviation of :math:`\sqrt{\alpha(1 - \alpha)/n}`.
@@ -83,9 +83,12 @@ def conformalize(
         allows for the worst that one more unit could do, which widens intervals by up to
         1 / (n + 1) of coverage, n the group's units.
     per_gene
-        A threshold for every gene, of which the promise then holds too. Refused where a gene's own
-        coverage would vary by more than three points (two standard deviations) for want of
-        calibration units, about 400 for 90 %: fewer make single genes worse, not better.
+        A threshold for every gene, of which the promise then holds too; by default for donors and
+        not for cells. Of cells there are enough to pool genes; a gene's own threshold makes its
+        coverage worse unless the set is large, and is refused where it would vary by more than
+        three points (two standard deviations): below about 400 cells for 90 %. Of donors there
+        are few: allowing for one more, a threshold for all genes would be the most extreme of
+        all genes.
     donor_key
         Column of obs with donors: calibrate means of donors. The cells of a donor that share a
         prediction are averaged.
@@ -113,6 +116,8 @@ def conformalize(
         without calibration units, or values that are not finite. Nothing is written then.
     """
     alpha = _arguments.check_number(alpha, "alpha", "(0, 1)")
+    if per_gene is None:
+        per_gene = donor_key is not None
     _arguments.check_bool(per_gene, "per_gene")
     seed = resolve_seed(seed)
     target = read_predicted(adata, key, name="adata")

@@ -81,7 +81,7 @@ def check_sizes(
             "leave these cells out, or use a coarser groupby."
         )
     needed, why = units_needed(alpha), "1/alpha - 1"
-    if per_gene:
+    if per_gene and unit == "cells":
         needed = max(needed, int(np.ceil(alpha * (1 - alpha) / _SPREAD**2 - 2 - 1e-9)))
         why = "per_gene=True, so that a gene's coverage varies by three points at most"
     few = {name or "all": n for name, n in sizes.items() if n < needed}
@@ -91,5 +91,5 @@ def check_sizes(
         raise ValueError(
             f"alpha={alpha:g} needs at least {needed} calibration {unit} per group ({why}): {got}"
             f"{more}. Give more {unit}, a larger alpha, "
-            + ("per_gene=False." if per_gene else "or a coarser groupby.")
+            + ("per_gene=False." if why.startswith("per_gene") else "or a coarser groupby.")
         )
