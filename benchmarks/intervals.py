@@ -148,7 +148,8 @@ def cells(adata: AnnData, name: str, seed: int, args: argparse.Namespace) -> Ite
             like = np.full(len(known), True) if "pooled" in kind else labels(calibration) == label
             per_gene = kind == "conformal, per gene"
             tails[kind][of] = conformal(known[like], new[of], per_gene, seed)
-            n_ranked[kind][label] = int(like.sum()) * (1 if per_gene else N_GENES)
+            # Pooled, a gene is still as far off as the draws its quantiles were made of.
+            n_ranked[kind][label] = int(like.sum()) if per_gene else N_DRAWS
     closed = closed_coverage(test, calibration, seed)
     for kind in KINDS:
         for level in LEVELS:
