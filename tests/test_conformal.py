@@ -398,6 +398,8 @@ def test_predictions_that_differ_are_refused():
         tl.conformalize(adata, predicted(values)[:, :4].copy())
     with pytest.raises(ValueError, match="some on either side of the median"):
         tl.conformalize(predicted(values, levels=(0.9, 0.95)), predicted(values))
+    with pytest.raises(ValueError, match="calibration has no cells"):
+        tl.conformalize(adata, predicted(values)[:0].copy())
     few, many = donors(8, 10, rng), donors(9, 10, rng)
     with pytest.raises(ValueError, match="at least 9 calibration donors .*all has 8"):
         tl.conformalize(many, few, donor_key="donor")

@@ -1,7 +1,7 @@
 r"""Predicted intervals corrected on held-out cells, or on donors: split conformal prediction.
 
 Every calibration value gets a tail p, how far out it lies under its prediction
-({mod}`!exprgen._levels`). The threshold :math:`\hat t` is the tail that all but a share
+(:mod:`!exprgen._levels`). The threshold :math:`\hat t` is the tail that all but a share
 :math:`\alpha` of them reach (:func:`~exprgen.metrics.conformal_threshold`), and the interval
 written is all values whose tail may reach it. A model that is right has :math:`\hat t = \alpha`.
 The correction acts on levels, not on counts: it moves all genes by the same share of probability,

@@ -74,7 +74,7 @@ def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
     KeyError
         If there is no prediction under ``key``, or a part of it is gone.
     ValueError
-        If it has no quantile on either side of the median, or values that are no quantiles.
+        If it has no cells, no quantile on either side of the median, or values that are none.
     """
     record = adata.uns.get(key)
     record = record if isinstance(record, Mapping) else {}
@@ -102,6 +102,8 @@ def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
                 f"predict wrote. Run model.predict({name}, key_added={key!r}) again."
             )
     quantiles, std = [store[slot] for slot in names], store[f"{key}_std"]
+    if not adata.n_obs:
+        raise ValueError(f"{name} has no cells.")
     whole = _check_values(names, quantiles, std, name)
     return Predicted(
         name=name,
