@@ -25,7 +25,7 @@ from exprgen.models._mudata import home_of, in_modality, own_names, read_modalit
 from exprgen.models._query import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from exprgen.models._query import Query
     from exprgen.module import ExpressionModule
@@ -278,6 +278,7 @@ class ModelCore(BaseModelClass):
         key_added: str,
         overwrite: bool,
         copy: bool,
+        replaces: Sequence[str] = (),
     ) -> AnnData | MuData:
         """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``given``'s genes."""
         target = target_of(given, copy)
@@ -295,6 +296,7 @@ class ModelCore(BaseModelClass):
             obs={} if split is None else {"split": split},
             info=info,
             var_names=None if selected is None else list(self.var_names[selected]),
+            replaces=replaces,
             overwrite=overwrite,
         )
         return target

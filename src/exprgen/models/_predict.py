@@ -160,6 +160,7 @@ class PredictMixin(ModelCore):
             key_added=key_added,
             overwrite=overwrite,
             copy=copy,
+            replaces=("conformalize",),
         )
 
     def _parameter_share(self, query: Query, row: int) -> Tensor | None:
