@@ -33,7 +33,7 @@ from faults import (
 from mudata import MuData
 from scipy import sparse
 
-from exprgen import NBVAE, ExprFlow
+from exprgen import NBVAE, ExprFlow, tl
 from exprgen._errors import CovariateError, DataQualityWarning, GeneMismatchError, SetupError
 from exprgen.datasets import simulate_nb
 
@@ -709,3 +709,28 @@ def test_rna_given_chromatin(shared_data):
     synthetic = model.sample(mdata[mdata.obs_names[:20]], seed=0)
     assert synthetic.obsm["atac"].shape == (20, 1499)
     assert list(synthetic.obs["cell_type"]) == list(mdata["rna"].obs["cell_type"][:20])
+
+
+def test_outliers_and_tails_are_those_of_the_twin():
+    model, by_hand = models()
+    mdata = make_mdata(250)
+    names = list(mdata["rna"].obs_names[N_OBS:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calibration, query = mdata[names[:60]].copy(), mdata[names[60:]].copy()
+    twin = twin_of(query)
+    options = {"progress_bar": False, "seed": 0, "n_samples": 2}
+    for cells, given, judge in (
+        (query, calibration, model),
+        (twin, twin_of(calibration), by_hand),
+    ):
+        with warned(DataQualityWarning, "calibration cells of group"):
+            found = tl.outliers(cells, judge, given, groupby="cell_type", **options)
+        assert found is cells
+        assert tl.tail_pvalues(cells, judge, **options) is cells
+    rna = query["rna"]
+    columns = [name for name in rna.obs if name.startswith("exprgen")]
+    assert_same(twin.obs[columns], rna.obs[columns])
+    assert_same(twin.layers["exprgen_tail_pvalue"], rna.layers["exprgen_tail_pvalue"])
+    assert_same(twin.uns["exprgen"]["outliers"], rna.uns["exprgen"]["outliers"])
+    assert "exprgen" not in query.uns

@@ -198,6 +198,21 @@ class ExpressionModule(BaseModuleClass):
         return value
 
     @torch.no_grad()
+    def latent_surprise(self, x: Tensor, c: Tensor, library: Tensor) -> Tensor:
+        """Log q(z | x, c) / p(z | depth, c) at the posterior mean, ``(n_obs,)``, nats, float64.
+
+        Under the prior that the space was trained with, for which it is *exact*.
+        """
+        space, features = self.space, self.space.density_features(c)
+        mean, sd = space.encode(x, c, library)
+        log_p = self.autoencoder_prior.log_prob(mean, features).double()
+        if space.depth is not None:
+            last = mean[:, -1]
+            log_p = log_p - self.autoencoder_prior.log_prob_last(last, features).double()
+        log_sd = sd[:, : space.n_latent].double().log().sum(-1)
+        return -log_sd - 0.5 * space.n_latent * math.log(2 * math.pi) - log_p
+
+    @torch.no_grad()
     def represent(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, c), both ``(n_obs, n_latent)``."""
         return self.space.represent(x, c, library)

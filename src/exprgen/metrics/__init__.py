@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from exprgen.metrics._calibration import coverage, crps, interval_score, pit, sharpness
 from exprgen.metrics._classifier import c2st_auc
+from exprgen.metrics._conformal import conformal_rank, conformal_threshold
 from exprgen.metrics._differential import (
     de_overlap,
     fold_change_rank_correlation,
@@ -78,6 +79,8 @@ __all__ = [
     "fold_change_slopes",
     "log_fold_changes",
     # uncertainty
+    "conformal_rank",
+    "conformal_threshold",
     "coverage",
     "crps",
     "interval_score",

@@ -11,12 +11,15 @@ from exprgen.models._generate import GenerateMixin
 from exprgen.models._infer import InferMixin
 from exprgen.models._predict import PredictMixin
 from exprgen.models._save import SaveMixin
+from exprgen.models._surprise import SurpriseMixin
 from exprgen.models._train import TrainMixin
 
 __all__ = ["GenerativeModel"]
 
 
-class GenerativeModel(TrainMixin, GenerateMixin, PredictMixin, InferMixin, SaveMixin):
+class GenerativeModel(
+    TrainMixin, GenerateMixin, PredictMixin, InferMixin, SurpriseMixin, SaveMixin
+):
     """A conditional generative model p(x | c) of expression.
 
     Parameters

@@ -25,7 +25,7 @@ from exprgen.models._mudata import home_of, in_modality, own_names, read_modalit
 from exprgen.models._query import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from exprgen.models._query import Query
     from exprgen.module import ExpressionModule
@@ -278,6 +278,7 @@ class ModelCore(BaseModelClass):
         key_added: str,
         overwrite: bool,
         copy: bool,
+        replaces: Sequence[str] = (),
     ) -> AnnData | MuData:
         """Write arrays ``(n_obs, n_genes)`` to layers, in the order of ``given``'s genes."""
         target = target_of(given, copy)
@@ -295,6 +296,7 @@ class ModelCore(BaseModelClass):
             obs={} if split is None else {"split": split},
             info=info,
             var_names=None if selected is None else list(self.var_names[selected]),
+            replaces=replaces,
             overwrite=overwrite,
         )
         return target
@@ -305,8 +307,19 @@ class ModelCore(BaseModelClass):
         matrix = adata.X if layer is None else adata.layers.get(layer)
         if matrix is None or not self.var_names.isin(adata.var_names).all():
             return None
+        return split_labels(cell_keys(adata, self._reader(adata)), self.cell_keys_)
+
+    def _reader(self, adata: AnnData) -> GeneReader:
+        """Rows of the modelled layer, genes in the model's order.
+
+        Raises
+        ------
+        KeyError, GeneMismatchError
+            If there is no such layer, or genes are missing.
+        """
+        matrix = _validate.matrix_of(adata, self._setup_args["layer"])
         order = _validate.align_genes(adata.var_names, self.var_names, quiet=True)
-        return split_labels(cell_keys(adata, GeneReader(matrix, order)), self.cell_keys_)
+        return GeneReader(matrix, order)
 
     def _new_adata(self, query: Query) -> AnnData:
         """An AnnData with a row per condition and no counts, to write to."""

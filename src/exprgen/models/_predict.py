@@ -211,6 +211,7 @@ class PredictMixin(ModelCore):
             key_added=key_added,
             overwrite=overwrite,
             copy=copy,
+            replaces=("conformalize",),
         )
 
     def _parameter_share(self, query: Query, row: int) -> Tensor | None:
@@ -246,12 +247,12 @@ class PredictMixin(ModelCore):
             noise = generator(seed, CELL, i)
             depth = None if log_depth is None else log_depth[row]
             decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
+            law = self.module, decoded, donor, noise
             share = self._parameter_share(query, row)
             if of == "cell":
-                law = predictive_of_cell(self.module, decoded, donor, noise, share)
+                yield groups[i], predictive_of_cell(*law, share)
             else:
-                law = predictive_of_mean(self.module, decoded, donor, noise, n_cells, share)
-            yield groups[i], law
+                yield groups[i], predictive_of_mean(*law, n_cells, share)
 
     def _decoded(
         self,

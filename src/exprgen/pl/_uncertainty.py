@@ -13,14 +13,13 @@ from exprgen.tl._counts import read_counts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["uncertainty"]
+__all__ = ["DOT", "count_axis", "draw_cells", "group_axis", "uncertainty"]
 
-_DOT = "#8C8C8C"
+DOT = "#8C8C8C"
 
 
 def uncertainty(
@@ -95,13 +94,13 @@ def uncertainty(
     for j, (ax, gene) in enumerate(zip(panels, genes, strict=True)):
         for position, name in enumerate(names):
             rows = np.flatnonzero((groups == name).to_numpy())
-            _draw_cells(ax, position, observed[rows, j], rng, max_cells)
+            draw_cells(ax, position, observed[rows, j], rng, max_cells)
             _draw_prediction(ax, position, *(np.median(v[rows, j]) for v in (mean, lower, upper)))
         inside = ((lower[:, j] <= observed[:, j]) & (observed[:, j] <= upper[:, j])).mean()
         ax.set_title(gene, loc="left", fontsize=11, style="italic")
         ax.set_title(f"{100 * inside:.0f} % inside", loc="right", fontsize=8, color="#444444")
-        _count_axis(ax, max(observed[:, j].max(), upper[:, j].max()))
-        _group_axis(ax, names)
+        count_axis(ax, max(observed[:, j].max(), upper[:, j].max()))
+        group_axis(ax, names)
         clean(ax)
     _legend(panels[0], interval)
     return finish(figure, panels, show=show, return_fig=return_fig)
@@ -132,14 +131,21 @@ def _columns(matrix: Any, columns: np.ndarray) -> np.ndarray:
     return block.toarray() if sparse.issparse(block) else np.asarray(block)
 
 
-def _draw_cells(
-    ax: Axes, position: int, counts: np.ndarray, rng: np.random.Generator, max_cells: int
+def draw_cells(
+    ax: Axes,
+    position: int,
+    values: np.ndarray,
+    rng: np.random.Generator,
+    max_cells: int,
+    *,
+    jitter: float = 0.18,
 ) -> None:
-    shown = rng.permutation(counts)[:max_cells]
-    x = shown + rng.uniform(-0.18, 0.18, shown.size)
+    """Dots of a group's values at a height, and their mean."""
+    shown = rng.permutation(values)[:max_cells]
+    x = shown + rng.uniform(-jitter, jitter, shown.size)
     y = position + rng.uniform(-0.3, 0.3, shown.size)
-    ax.scatter(x, y, s=6, color=_DOT, alpha=0.5, linewidths=0, zorder=2)
-    line = counts.mean()
+    ax.scatter(x, y, s=6, color=DOT, alpha=0.5, linewidths=0, zorder=2)
+    line = values.mean()
     ax.plot([line, line], [position - 0.36, position + 0.36], color="black", lw=1.4, zorder=4)
 
 
@@ -152,7 +158,7 @@ def _draw_prediction(ax: Axes, position: int, mean: float, lower: float, upper: 
     ax.scatter(mean, position, s=34, color=SYNTHETIC, edgecolors="white", linewidths=0.9, zorder=5)
 
 
-def _count_axis(ax: Axes, top: float) -> None:
+def count_axis(ax: Axes, top: float) -> None:
     """Counts on a log(1 + x) scale, labelled in counts."""
     ticks = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000]
     ax.set_xscale("function", functions=(_log1p, np.expm1))
@@ -166,7 +172,8 @@ def _log1p(values: np.ndarray) -> np.ndarray:
     return np.log1p(np.maximum(values, -0.9))
 
 
-def _group_axis(ax: Axes, names: pd.Index) -> None:
+def group_axis(ax: Axes, names: Sequence[object]) -> None:
+    """Groups below each other."""
     ax.set_yticks(range(len(names)), [str(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -178,7 +185,7 @@ def _legend(ax: Axes, interval: tuple[str, str]) -> None:
 
     low, high = (name.removeprefix("q").lstrip("0") or "0" for name in interval)
     handles = [
-        Line2D([], [], marker="o", ls="", color=_DOT, markersize=3, label="observed cell"),
+        Line2D([], [], marker="o", ls="", color=DOT, markersize=3, label="observed cell"),
         Line2D([], [], color="black", lw=1.4, label="observed mean"),
         Line2D([], [], marker="o", ls="", color=SYNTHETIC, markersize=6, label="predicted mean"),
         Patch(color=SYNTHETIC, alpha=0.22, lw=0, label=f"predicted {low}–{high} %"),

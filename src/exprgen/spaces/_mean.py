@@ -41,21 +41,25 @@ class KnownMean(nn.Module):
 
     centre: Tensor
     axes: Tensor
-    n_axes = _N_AXES
 
     def __init__(self, layout: ConditionLayout, n_vars: int) -> None:
         super().__init__()
-        ends = np.cumsum([layout.width, n_vars, _N_AXES, n_vars]).tolist()
+        # Without conditions there is one mean.
+        has_conditions = bool(layout.n_categories or layout.n_continuous or layout.n_embedding)
+        self.n_axes = _N_AXES * has_conditions
+        ends = np.cumsum([layout.width, n_vars, self.n_axes, n_vars]).tolist()
         self._value, self._scores, self._variance = map(slice, ends[:-1], ends[1:])
         self.register_buffer("centre", torch.zeros(n_vars))
-        self.register_buffer("axes", torch.zeros(n_vars, _N_AXES))
+        self.register_buffer("axes", torch.zeros(n_vars, self.n_axes))
 
     @torch.no_grad()
     def fit(self, means: np.ndarray) -> None:
         """Find the axes from the means of training cells' conditions, ``(n_obs, n_vars)``."""
         values = torch.from_numpy(means).to(self.centre)
         self.centre.copy_(values.mean(0))
-        q = min(_N_AXES, *values.shape)
+        q = min(self.n_axes, *values.shape)
+        if q == 0:
+            return
         _, singular, axes = torch.svd_lowrank(values - self.centre, q=q, niter=4)
         spread = singular / len(values) ** 0.5
         kept = spread > _LEAST_SPREAD * torch.maximum(spread[0], self.centre.abs().mean())

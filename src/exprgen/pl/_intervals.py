@@ -1,0 +1,181 @@
+"""Intervals of marker genes over what was observed, as predicted and as corrected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exprgen._arguments import check_genes
+from exprgen.pl._style import SYNTHETIC, clean, finish, make_axes
+from exprgen.pl._uncertainty import DOT, count_axis, draw_cells, group_axis
+from exprgen.tl._conformal import group_means
+from exprgen.tl._predicted import labels_of, names_of, observed, read_predicted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from exprgen.tl._predicted import Predicted
+
+__all__ = ["intervals"]
+
+
+def intervals(
+    adata: AnnData,
+    genes: str | Sequence[str],
+    *,
+    groupby: str,
+    key: str = "exprgen",
+    layer: str | None = "counts",
+    n_cols: int = 4,
+    max_cells: int = 150,
+    axes: Sequence[Axes] | None = None,
+    seed: int = 0,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Plot intervals before and after :func:`exprgen.tl.conformalize`, over observed values.
+
+    Dots are cells, or the means of donors if the intervals are of means; the black line is their
+    mean. The coloured bar is the corrected interval, the thin grey one above it the interval
+    between the predicted quantiles that come closest to the level. Where a group's cells have
+    different intervals their median is drawn; the shares inside, above each panel, are those of
+    every cell's own.
+
+    Parameters
+    ----------
+    adata
+        Cells with what ``model.predict`` and ``tl.conformalize`` wrote.
+    genes
+        Names: one panel each.
+    groupby
+        Column of ``.obs``; its groups stand below each other.
+    key
+        The key of both.
+    layer
+        Observed values; None for ``.X``.
+    n_cols
+        Panels per row.
+    max_cells
+        At most so many dots per group.
+    axes
+        As many axes as genes, to draw on.
+    seed
+        Of the jitter and of the cells shown.
+    show, return_fig
+        Show the figure; return it instead of the axes.
+
+    Returns
+    -------
+    numpy.ndarray of Axes, or Figure
+        One axes per gene.
+
+    Raises
+    ------
+    KeyError
+        A gene, the column or a layer is missing, or ``tl.conformalize`` has not run.
+    ValueError
+        Values that are not finite, or no counts where counts were predicted.
+    """
+    predicted = read_predicted(adata, key, name="adata")
+    record = adata.uns[key].get("conformalize")
+    if record is None:
+        raise KeyError(
+            f"adata has no corrected intervals under key={key!r}: run exprgen.tl.conformalize("
+            "adata, calibration) first, or look at the predicted ones by exprgen.pl.uncertainty."
+        )
+    columns = check_genes([genes] if isinstance(genes, str) else genes, predicted.genes)
+    labels = labels_of(adata, groupby, "groupby", name="adata")
+    rows, dots = _dots(adata, layer, predicted, record, labels)
+    dots, groups = dots[:, columns], labels[rows]
+    ends = _ends(adata, key, predicted, float(record["alpha"]), rows, columns)
+    names = names_of(adata, groupby)
+
+    rng = np.random.default_rng(seed)
+    size = (2.9, 0.34 * len(names) + 1.1)
+    figure, panels = make_axes(axes, len(columns), n_cols=n_cols, size=size, share_y=True)
+    for j, ax in enumerate(panels):
+        for position, name in enumerate(names):
+            of = groups == name
+            jitter = 0.18 if predicted.whole else 0.0
+            draw_cells(ax, position, dots[of, j], rng, max_cells, jitter=jitter)
+            _draw_bars(ax, position, [np.median(end[of, j]) for end in ends], predicted.whole)
+        inside = [
+            100 * ((low <= dots[:, j]) & (dots[:, j] <= high)).mean()
+            for low, high in ((ends[0][:, j], ends[1][:, j]), (ends[2][:, j], ends[3][:, j]))
+        ]
+        ax.set_title(predicted.genes[columns[j]], loc="left", fontsize=11, style="italic")
+        ax.set_title(f"{inside[0]:.0f} → {inside[1]:.0f} % inside", loc="right", fontsize=8,
+                     color="#444444")  # fmt: skip
+        _value_axis(ax, predicted, max(end[:, j].max() for end in (dots, *ends)))
+        group_axis(ax, names)
+        clean(ax)
+    _legend(panels[0], float(record["alpha"]), "cell" if predicted.of == "cell" else "donor")
+    return finish(figure, panels, show=show, return_fig=return_fig)
+
+
+def _dots(
+    adata: AnnData,
+    layer: str | None,
+    predicted: Predicted,
+    record: Mapping[str, object],
+    labels: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cell's position for each dot, ``(n,)``, and what to draw there, ``(n, n_genes)``."""
+    if "donor_key" not in record:
+        rows = np.arange(adata.n_obs)
+        return rows, observed(adata, layer, predicted, rows)
+    donors = labels_of(adata, str(record["donor_key"]), "donor_key", name="adata")
+    rows, _, means = group_means(adata, layer, predicted, donors, labels)
+    return rows, means
+
+
+def _ends(
+    adata: AnnData,
+    key: str,
+    predicted: Predicted,
+    alpha: float,
+    rows: np.ndarray,
+    columns: np.ndarray,
+) -> list[np.ndarray]:
+    """Lower and upper ends, predicted and corrected, ``(n, n_genes)`` each."""
+    store = adata.layers if predicted.in_layers else adata.obsm
+    near = [np.abs(predicted.levels - level).argmin() for level in (alpha / 2, 1 - alpha / 2)]
+    law = predicted.law(rows, columns)
+    written = (np.asarray(store[f"{key}_{end}"]) for end in ("lower", "upper"))
+    return [*law.quantiles[near], *(ends[np.ix_(rows, columns)] for ends in written)]
+
+
+def _draw_bars(ax: Axes, position: int, ends: Sequence[float], whole: bool) -> None:
+    # A quarter count on either side, so that the interval from 0 to 0 still shows.
+    margin = 0.25 if whole else 0.0
+    before, after = [ends[0] - margin, ends[1] + margin], [ends[2] - margin, ends[3] + margin]
+    low, high = position - 0.38, position + 0.38
+    ax.fill_between(after, low, high, color=SYNTHETIC, alpha=0.25, lw=0, zorder=1)
+    ax.plot(before, [low, low], color="#555555", lw=2.5, solid_capstyle="butt", zorder=3)
+
+
+def _value_axis(ax: Axes, predicted: Predicted, top: float) -> None:
+    if predicted.whole:
+        count_axis(ax, top)
+    else:
+        ax.set_xlabel("mean of a donor's cells" if predicted.of == "mean" else "value per cell")
+
+
+def _legend(ax: Axes, alpha: float, unit: str) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], marker="o", ls="", color=DOT, markersize=3, label=f"observed {unit}"),
+        Line2D([], [], color="black", lw=1.4, label="observed mean"),
+        Line2D([], [], color="#555555", lw=2.5, label="predicted interval"),
+        Patch(color=SYNTHETIC, alpha=0.25, lw=0, label=f"corrected, {100 * (1 - alpha):g} %"),
+    ]
+    ax.figure.legend(
+        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )

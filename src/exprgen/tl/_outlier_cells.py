@@ -1,0 +1,114 @@
+"""Cells that are judged, and those that they are compared with: which may be so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exprgen._errors import DataQualityWarning, closest, name_some
+from exprgen.models._cells import cell_keys, split_labels
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from exprgen.models import GenerativeModel
+    from exprgen.models._cells import GeneReader
+
+__all__ = ["check_cells", "groups_of"]
+
+# A regression of six coefficients would leave little of fewer.
+MIN_CALIBRATION = 20
+
+
+def groups_of(
+    query: AnnData, reference: AnnData, groupby: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Group of each cell of both, as text; one for all without ``groupby``.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If there are no cells, or too few calibration cells, all in all or of a group; if the
+        column is missing or has missing values.
+    """
+    if not query.n_obs:
+        raise ValueError("adata has no cells: there is nothing to judge.")
+    if reference.n_obs < MIN_CALIBRATION:
+        raise ValueError(
+            f"calibration has {reference.n_obs} cells, at least {MIN_CALIBRATION} are needed. Set "
+            "some aside before training."
+        )
+    if groupby is None:
+        return np.zeros(query.n_obs), np.zeros(reference.n_obs)
+    found = []
+    for cells, name in ((query, "adata"), (reference, "calibration")):
+        if groupby not in cells.obs:
+            raise KeyError(
+                f"groupby={groupby!r} is no column of {name}.obs.{closest(groupby, cells.obs)}"
+            )
+        missing = cells.obs[groupby].isna().to_numpy()
+        if missing.any():
+            raise ValueError(
+                f"{name}.obs[{groupby!r}] (groupby) is missing for {missing.sum()} cells: "
+                f"{name_some(cells.obs_names[missing])}. Give them a label, or leave them out."
+            )
+        found.append(cells.obs[groupby].astype(str).to_numpy())
+    without = np.setdiff1d(*found)
+    if without.size:
+        raise ValueError(
+            f"calibration has no cell of {without.size} groups of adata.obs[{groupby!r}]: "
+            f"{name_some(without)}. Add some, leave out those of adata, or groupby=None."
+        )
+    return found[0], found[1]
+
+
+def check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> pd.Categorical:
+    """Say whether the query cells were trained on.
+
+    Raises
+    ------
+    ValueError
+        If calibration cells were, or are query cells.
+
+    Warns
+    -----
+    DataQualityWarning
+        If query cells were.
+    """
+    readers = model._reader(query), model._reader(reference)
+    keys = cell_keys(query, readers[0]), cell_keys(reference, readers[1])
+    split, of_reference = (split_labels(of_cells, model.cell_keys_) for of_cells in keys)
+    trained = np.asarray(of_reference == "train")
+    if trained.any():
+        raise ValueError(
+            f"calibration has {trained.sum()} cells that the model was trained on: "
+            f"{name_some(reference.obs_names[trained])}. They look more ordinary than new cells "
+            "do. Give cells that were set aside, or those of validation."
+        )
+    places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
+    pairs = [(int(i), places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
+    shared = [i for i, j in pairs if np.array_equal(*_rows(readers, i, j))]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} cells of adata are in calibration as well: "
+            f"{name_some(query.obs_names[shared])}. Each would be compared with itself: leave "
+            "them out of one of the two."
+        )
+    trained = np.asarray(split == "train")
+    if trained.any():
+        warnings.warn(
+            f"The model was trained on {trained.sum()} of {len(trained)} cells of adata: they "
+            "look more ordinary than new cells do, and their p-values are too large (a column of "
+            "obs says which they are).",
+            DataQualityWarning,
+            stacklevel=4,
+        )
+    return split
+
+
+def _rows(readers: tuple[GeneReader, GeneReader], i: int, j: int) -> tuple[Any, Any]:
+    """A row of each."""
+    return readers[0].rows(np.array([i])), readers[1].rows(np.array([j]))

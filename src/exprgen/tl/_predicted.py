@@ -1,0 +1,214 @@
+"""What ``predict`` left in an AnnData, checked, and the values that were observed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from exprgen._errors import closest, name_some
+from exprgen._levels import Law
+from exprgen._slots import quantile_name
+from exprgen.tl._counts import gene_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+
+__all__ = ["BLOCK", "Predicted", "labels_of", "names_of", "observed", "read_predicted"]
+
+BLOCK = 1024
+"""Cells that are worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predicted quantiles and standard deviations, ``(n_obs, n_genes)`` each.
+
+    ``of`` and ``n_cells`` are those of ``predict``; ``in_layers`` says whether all genes were
+    predicted (layers) or some (obsm).
+    """
+
+    name: str
+    model: str
+    of: str
+    n_cells: int
+    levels: np.ndarray
+    genes: pd.Index
+    in_layers: bool
+    quantiles: list[Any]
+    std: Any
+    whole: bool
+
+    def law(self, rows: np.ndarray, columns: np.ndarray | slice = slice(None)) -> Law:
+        """The laws of some cells and genes."""
+        known = np.stack([_dense(layer[rows])[:, columns] for layer in self.quantiles])
+        return Law(known, self.levels, _dense(self.std[rows])[:, columns], self.whole)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Positions of all cells, a block at a time."""
+        n_obs = self.std.shape[0]
+        for start in range(0, n_obs, BLOCK):
+            yield np.arange(start, min(start + BLOCK, n_obs))
+
+
+def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
+    """Read and check what ``model.predict(adata, key_added=key)`` wrote.
+
+    Parameters
+    ----------
+    adata
+        Cells with predictions.
+    key
+        The ``key_added`` of ``predict``.
+    name
+        What to call ``adata`` in messages.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction under ``key``, or a part of it is gone.
+    ValueError
+        If it has no cells, no quantile on either side of the median, or values that are none.
+    """
+    record = adata.uns.get(key)
+    record = record if isinstance(record, Mapping) else {}
+    entry = record.get("predict")
+    if not isinstance(entry, Mapping):
+        found = [k for k, v in adata.uns.items() if isinstance(v, Mapping) and "predict" in v]
+        hint = f" There are predictions under {name_some(found)}." if found else ""
+        raise KeyError(
+            f"{name} has no predictions under key={key!r}: run model.predict({name}, "
+            f"key_added={key!r}) first.{hint}"
+        )
+    levels = np.atleast_1d(np.asarray(entry.get("quantiles", ()), dtype=np.float64))
+    if not (levels.size and levels[0] < 0.5 < levels[-1]):
+        raise ValueError(
+            f"{name} was predicted with quantiles={levels.tolist()}; there must be some on either "
+            "side of the median. Run predict again, with quantiles=(0.05, 0.95) or more of them."
+        )
+    some = entry.get("var_names")
+    store = adata.layers if some is None else adata.obsm
+    names = [f"{key}_{quantile_name(level)}" for level in levels]
+    for slot in (*names, f"{key}_std"):
+        if slot not in store:
+            raise KeyError(
+                f"{name} has no {'layer' if some is None else 'obsm entry'} {slot!r}, which "
+                f"predict wrote. Run model.predict({name}, key_added={key!r}) again."
+            )
+    quantiles, std = [store[slot] for slot in names], store[f"{key}_std"]
+    if not adata.n_obs:
+        raise ValueError(f"{name} has no cells.")
+    whole = _check_values(names, quantiles, std, name)
+    return Predicted(
+        name=name,
+        model=str(record.get("model")),
+        of=str(entry["of"]),
+        n_cells=int(entry["n_cells"]),
+        levels=levels,
+        genes=adata.var_names if some is None else pd.Index(np.asarray(some, dtype=object)),
+        in_layers=some is None,
+        quantiles=quantiles,
+        std=std,
+        whole=whole and entry["of"] == "cell",
+    )
+
+
+def observed(
+    adata: AnnData,
+    layer: str | None,
+    predicted: Predicted,
+    rows: np.ndarray,
+    *,
+    name: str | None = None,
+) -> np.ndarray:
+    """Observed values of the predicted genes of some cells, ``(n, n_genes)`` float64.
+
+    ``name`` is what messages call ``adata`` if it is not the one with the predictions.
+
+    Raises
+    ------
+    KeyError
+        The layer is missing.
+    ValueError
+        Values that are not finite; values that are no counts where counts were predicted.
+    """
+    name = name or predicted.name
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(
+            f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "
+            "Name the layer that was modelled, or layer=None for .X."
+        )
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise KeyError(f"{name} has no .X; name the layer that was modelled as layer=.")
+    columns = gene_positions(adata.var_names, predicted.genes, name=name, exact=False)
+    values = _dense(matrix[rows])[:, columns].astype(np.float64)
+    where = ".X" if layer is None else f".layers[{layer!r}]"
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}{where} has values that are not finite.")
+    if predicted.whole and ((values < 0) | (values != np.rint(values))).any():
+        raise ValueError(
+            f"{name}{where} does not hold counts, and the predictions are of counts: name the "
+            "layer that was modelled as layer=."
+        )
+    return values
+
+
+def labels_of(adata: AnnData, column: str, argument: str, *, name: str) -> np.ndarray:
+    """A column of obs without gaps, as strings, ``(n_obs,)``.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If there is no such column, or cells have no label.
+    """
+    if column not in adata.obs:
+        raise KeyError(
+            f"{argument}={column!r} is no column of {name}.obs."
+            f"{closest(column, adata.obs.columns)}"
+        )
+    labels = adata.obs[column]
+    if labels.isna().any():
+        raise ValueError(
+            f"{argument}={column!r}: {int(labels.isna().sum())} cells of {name} have no label. "
+            "Remove these cells, or label them."
+        )
+    return labels.astype(str).to_numpy()
+
+
+def names_of(adata: AnnData, column: str) -> list[str]:
+    """Names of the groups that a column of obs has, in the order of its categories."""
+    labels = adata.obs[column].astype("category").cat.remove_unused_categories()
+    return [str(name) for name in labels.cat.categories]
+
+
+def _check_values(names: list[str], quantiles: list[Any], std: Any, name: str) -> bool:
+    """Refuse what no ``predict`` has written; say whether all quantiles are whole numbers."""
+    whole = True
+    for start in range(0, std.shape[0], BLOCK):
+        rows = np.arange(start, min(start + BLOCK, std.shape[0]))
+        blocks = [_dense(layer[rows]) for layer in quantiles]
+        for slot, block in zip((*names, "std"), (*blocks, _dense(std[rows])), strict=True):
+            if not np.isfinite(block).all():
+                raise ValueError(
+                    f"{name}'s predictions have values that are not finite, in {slot!r}. Run "
+                    "predict again."
+                )
+        for slot, below, above in zip(names, blocks, blocks[1:], strict=False):
+            if (below > above).any():
+                raise ValueError(
+                    f"{name}'s predictions are no quantiles: {slot!r} exceeds that of the next "
+                    "level. Run predict again."
+                )
+        whole = whole and all((block == np.rint(block)).all() for block in blocks)
+    return whole
+
+
+def _dense(values: Any) -> np.ndarray:
+    return np.asarray(values.toarray() if sparse.issparse(values) else values)
