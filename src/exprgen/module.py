@@ -19,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from exprgen.densities import ConditionalDensity
+    from exprgen.likelihoods._gaussian import Gaussian
     from exprgen.spaces import Autoencoder, Decoded, Space
 
 __all__ = ["ExpressionModule"]
@@ -173,12 +174,16 @@ class ExpressionModule(BaseModuleClass):
         n_samples: int,
         generator: torch.Generator,
         given_depth: bool = False,
+        interval: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Importance-weighted *bound* on log p(x | c), ``(n_obs,)``, nats per cell, in float64.
 
         Where depth is a size factor the density of depth is divided out: log p(x | depth, c).
         So it is with ``given_depth``, at the observed total, to compare with models that are
         defined given depth only. Donors enter at their posterior mean.
+
+        With ``interval``, bounds ``(n_obs, n_vars)`` around continuous ``x``, it is the
+        log-probability of lying between them.
         """
         space, features = self.space, self.space.density_features(c)
         mean, sd = space.encode(x, c, library)
@@ -190,7 +195,12 @@ class ExpressionModule(BaseModuleClass):
         total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
         for _ in range(n_samples):
             y = space.draw(mean, sd, generator)
-            log_p = space.log_prob(x, y, c, effect) + self.density.log_prob(y, features).double()
+            if interval is None:
+                log_p = space.log_prob(x, y, c, effect)
+            else:
+                decoded = space.decode(y, c, effect).double()
+                log_p = cast("Gaussian", space.likelihood).log_interval(*interval, *decoded)
+            log_p = log_p + self.density.log_prob(y, features).double()
             total = torch.logaddexp(total, log_p - space.log_posterior(y, mean, sd))
         value = total - math.log(n_samples)
         if conditional:

@@ -97,6 +97,16 @@ class Rectified(Likelihood):
         second = torch.special.ndtr(-a) + a * density + a.square() * below
         return mean + sd * first, sd.square() * (second - first.square()).clamp(min=0)
 
+    @staticmethod
+    def _log_mass(lower: Tensor, upper: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+        """Log-probability of an interval before clipping, without loss of digits in the tails."""
+        low, high = (lower - mean) / sd, (upper - mean) / sd
+        flip = low > 0
+        low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+        log_high = torch.special.log_ndtr(high)
+        ratio = (torch.special.log_ndtr(low) - log_high).exp().clamp(max=1 - 1e-16)
+        return log_high + torch.log1p(-ratio)
+
 
 class Gaussian(Rectified):
     """Gaussian values, at least the gene's least in training; location = centre.
@@ -123,6 +133,15 @@ class Gaussian(Rectified):
     def log_prob(self, x: Tensor, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Exact; nats per cell, in the precision of ``location``: a density above the bound."""
         return self._log_prob(x.to(location.dtype), location, self.sd(location, extra)).sum(-1)
+
+    def log_interval(
+        self, lower: Tensor, upper: Tensor, location: Tensor, extra: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability, before clipping, of ``(lower, upper]`` of each gene: sum, ``(n_obs,)``.
+
+        Both bounds are ``(n_obs, n_vars)``; the lower ones may be minus infinity.
+        """
+        return self._log_mass(lower, upper, location, self.sd(location, extra)).sum(-1)
 
     def draw(self, location: Tensor, generator: Generator, extra: Tensor | None = None) -> Tensor:
         """Values as float32, on the CPU."""
@@ -201,6 +220,14 @@ class MixtureOfGaussians(Rectified):
         log_weight, mean, sd = self.components(location, extra)
         x = x.to(location.dtype)[:, None].expand_as(mean)
         return (log_weight + self._log_prob(x, mean, sd)).logsumexp(1).sum(-1)
+
+    def log_interval(
+        self, lower: Tensor, upper: Tensor, location: Tensor, extra: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`Gaussian.log_interval`, of the mixture."""
+        log_weight, mean, sd = self.components(location, extra)
+        log_mass = self._log_mass(lower[:, None], upper[:, None], mean, sd)
+        return (log_weight + log_mass).logsumexp(1).sum(-1)
 
     def draw(self, location: Tensor, generator: Generator, extra: Tensor | None = None) -> Tensor:
         """Values as float32, on the CPU."""

@@ -1,9 +1,9 @@
 r"""How far out the mean of a new donor's cells lies: tail probabilities without a resolution.
 
-Given the donor's effect u, the sum S of a gene's counts over n cells has a mean M(u) and a variance
-V(u) in closed form (:mod:`exprgen.spaces._donor`). It is taken as negative binomial of these two
-moments, which it is exactly where cells are independent negative binomials of one mean, and Poisson
-where :math:`V \le M`; the mean of continuous values as normal. Then
+Given the donor's effect u, the sum S of a gene's counts over n cells has a mean M(u) and a
+variance V(u) in closed form (:mod:`exprgen.spaces._donor`). It is taken as negative binomial of
+these two moments, which it is exactly where cells are independent negative binomials of one mean,
+and Poisson where :math:`V \le M`; the mean of continuous values as normal. Then
 
 .. math::
     P(S \ge s) = \int t(u)\, P(S \ge s \mid u)\, du

@@ -272,7 +272,9 @@ class AdditiveDonorEffect(DonorEffect):
         for row in knots:
             moved = decoded._replace(location=self.move(decoded.location, effect[row]))
             mean, latent = _moments(likelihood.mean(*moved))
-            known.append(torch.stack([mean, likelihood.variance(*moved).double().mean(0) + latent]))
+            known.append(
+                torch.stack([mean, likelihood.variance(*moved).double().mean(0) + latent])
+            )
         values = torch.stack(known).cpu()
         if n == len(knots):
             return values[:, 0], values[:, 1]

@@ -1,18 +1,19 @@
 r"""The log fold change between two conditions, and what is not known of it.
 
-With a fitted model the expected expression under a condition is known up to Monte Carlo error, which
-any number of samples makes as small as one likes. A test of cells drawn under a against cells drawn
-under b therefore measures the number of cells that were asked for: between two conditions that do
-not differ at all it rejects more genes the more cells there are, down to differences of a thousandth
-that training left behind (``benchmarks/effect.py``). What there is to be unsure of lies elsewhere:
+With a fitted model the expected expression under a condition is known up to Monte Carlo error,
+which any number of samples makes as small as one likes. A test of cells drawn under a against
+cells drawn under b therefore measures the number of cells that were asked for: between two
+conditions that do not differ at all it rejects more genes the more cells there are, down to
+differences of a thousandth that training left behind (``benchmarks/effect.py``). What there is to
+be unsure of lies elsewhere:
 
-*parameters*: other seeds end elsewhere where the cells leave the weights open. Of K models with fold
-changes of variance :math:`s^2`, one more model's lies about their mean with variance
+*parameters*: other seeds end elsewhere where the cells leave the weights open. Of K models with
+fold changes of variance :math:`s^2`, one more model's lies about their mean with variance
 :math:`s^2(1 + 1/K)`, a Student t of K - 1 degrees of freedom;
 
-*donors*: n donors under a and n *others* under b differ by :math:`2\tau^2/n` where nothing else does
-(:mod:`exprgen.spaces`), :math:`\tau^2` with the degrees of freedom of its estimate. Effects of the
-*same* donors on both sides cancel.
+*donors*: n donors under a and n *others* under b differ by :math:`2\tau^2/n` where nothing else
+does (:mod:`exprgen.spaces`), :math:`\tau^2` with the degrees of freedom of its estimate. Effects
+of the *same* donors on both sides cancel.
 
 The sum is taken as a t with the degrees of freedom of Welch and Satterthwaite
 :cite:p:`satterthwaite1946`.
@@ -20,16 +21,17 @@ The sum is taken as a t with the degrees of freedom of Welch and Satterthwaite
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from exprgen import _arguments
 from exprgen._random import generator, resolve_seed
+from exprgen.models import GenerativeModel
 from exprgen.models._query import CELL, TABLE
 from exprgen.tl._ensemble import check_ensemble
-from exprgen.tl._ranked import adjusted, check_ranked_key, store_ranked
+from exprgen.tl._ranked import check_ranked_key, store_ranked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from exprgen.models import GenerativeModel
     from exprgen.models._query import Query
+    from exprgen.spaces._donor import DonorEffect
 
 __all__ = ["effect"]
 
@@ -69,8 +71,8 @@ def effect(
     *cells* differ, which their number makes vanish. One model without either has no source of
     uncertainty at all, and is refused unless ``level=None``.
 
-    Neither knows what the training cells cannot tell: where a condition was seen in two donors, all
-    seeds agree on what these two showed.
+    Neither knows what the training cells cannot tell: where a condition was seen in two donors,
+    all seeds agree on what these two showed.
 
     Parameters
     ----------
@@ -104,11 +106,11 @@ def effect(
     Returns
     -------
     pandas.DataFrame
-        One row per gene, by decreasing score: ``group``, what ``a`` is and ``b`` is not; ``names``;
-        ``scores``, fold changes over their standard deviation; ``logfoldchanges`` (of continuous
-        values their difference over log 2); ``pvals`` of the hypothesis that it is at most
-        ``delta`` :cite:p:`mccarthy2009`, ``pvals_adj``; ``lower``, ``upper``; ``probability`` of
-        an absolute fold change above ``delta`` (1 for ``delta=0``); ``std`` and its terms
+        One row per gene, by decreasing score: ``group``, what ``a`` is and ``b`` is not;
+        ``names``; ``scores``, fold changes over their standard deviation; ``logfoldchanges`` (of
+        continuous values their difference over log 2); ``pvals`` of the hypothesis that it is at
+        most ``delta`` :cite:p:`mccarthy2009`, ``pvals_adj``; ``lower``, ``upper``; ``probability``
+        of an absolute fold change above ``delta`` (1 for ``delta=0``); ``std`` and its terms
         ``std_parameter``, ``std_donor`` and ``std_sampling``, the Monte Carlo error, which of
         several models is in the first; ``mean_a``, ``mean_b``, at that depth. Without an interval
         what needs one is NaN, and scores are fold changes.
@@ -119,7 +121,8 @@ def effect(
         If an interval is asked for and there is nothing that it could hold, if ``a`` and ``b``
         are the same, or if the key is taken.
     """
-    models = check_ensemble(model if isinstance(model, list | tuple) else [model], minimum=1)
+    given = [model] if isinstance(model, GenerativeModel) else model
+    models = check_ensemble(given, minimum=1)
     delta = _arguments.check_number(delta, "delta")
     if level is not None:
         level = _arguments.check_number(level, "level", "(0, 1)")
@@ -133,10 +136,12 @@ def effect(
         check_ranked_key(adata, key_added, _METHOD)
     seed = resolve_seed(seed)
     group, reference = _names(models[0], a, b)
-    sides = [[_expected(one, side, library, n_samples, seed) for one in models] for side in (a, b)]
-    change = [_fold_change(one, *pair, pseudocount) for one, *pair in zip(models, *sides)]
-    change = np.stack(change)  # (models, parts, genes)
-    means = [np.stack(side).mean((0, 1)) for side in sides]
+    under_a, under_b = (
+        np.stack([_expected(one, side, library, n_samples, seed) for one in models])
+        for side in (a, b)
+    )
+    change = _fold_change(models[0], under_a, under_b, pseudocount)
+    means = under_a.mean((0, 1)), under_b.mean((0, 1))
     law = _law(models[0], change, means, n_donors, pseudocount)
     table = _table(law, delta, level)
     table = table.assign(mean_a=means[0], mean_b=means[1])
@@ -196,7 +201,9 @@ def _check_sources(
 
 
 def _names(
-    model: GenerativeModel, a: Mapping[str, Any] | pd.DataFrame, b: Mapping[str, Any] | pd.DataFrame
+    model: GenerativeModel,
+    a: Mapping[str, Any] | pd.DataFrame,
+    b: Mapping[str, Any] | pd.DataFrame,
 ) -> tuple[str, str]:
     """What the one is and the other is not, and the reverse."""
     values: list[dict[str, str]] = []
@@ -269,7 +276,7 @@ def _law(
         sampling = change[0].var(0, ddof=1) / n_parts
         terms.append((sampling, n_parts - 1))
     if n_donors is not None:
-        effects = model.module.space.donors
+        effects = cast("DonorEffect", model.module.space.donors)
         variance = effects.variance().detach().double().cpu().numpy() / np.log(2) ** 2
         kept = sum((mean / (mean + pseudocount)) ** 2 for mean in means)
         donor = variance * kept / n_donors
@@ -306,7 +313,7 @@ def _table(law: _Law, delta: float, level: float | None) -> pd.DataFrame:
         columns |= {
             "scores": law.mean / std,
             "pvals": p,
-            "pvals_adj": adjusted(p),
+            "pvals_adj": stats.false_discovery_control(p),
             "lower": law.mean - half,
             "upper": law.mean + half,
             "probability": np.minimum(outside, 1),

@@ -1,8 +1,8 @@
 """What several models of the same cells say together.
 
-A model does not know how sure it is of its weights. Models that were trained on the same cells from
-other seeds differ where the cells leave the weights open, and the mixture of their laws holds that
-as a term of its variance :cite:p:`lakshminarayanan2017`.
+A model does not know how sure it is of its weights. Models that were trained on the same cells
+from other seeds differ where the cells leave the weights open, and the mixture of their laws holds
+that as a term of its variance :cite:p:`lakshminarayanan2017`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def predict_ensemble(
 
     .. math::
         \mathrm{std}^2 = \tfrac1K \textstyle\sum_k (\text{decoder}_k + \text{latent}_k +
-        \text{donor}_k) + \underbrace{\tfrac1K \textstyle\sum_k (m_k - \bar m)^2}_{\text{parameter}}
+        \text{donor}_k) + \underbrace{\tfrac1K \textstyle\sum_k (m_k - \bar
+        m)^2}_{\text{parameter}}
 
     over K models with means :math:`m_k`. The last term is ``{key}_std_parameter``. K models show
     (K - 1) / K of the variance that many would; Monte Carlo error of the means, which falls with
@@ -106,7 +107,8 @@ def check_ensemble(
     TypeError, RuntimeError
         If one is no trained model.
     ValueError
-        If they are too few, one of them occurs twice, or they differ in class, genes or conditions.
+        If they are too few, one of them occurs twice, or they differ in class, genes or
+        conditions.
     """
     if not isinstance(models, list | tuple):
         raise TypeError(f"models must be a list of models, got {type(models).__name__}.")

@@ -1,9 +1,10 @@
 r"""One sample against what a model expects of a new donor.
 
-The observed value is the mean of the sample's cells of a group, its pseudobulk. What is expected is
-the law of such a mean for a donor that the model has not seen: the cells' own noise, which averages
-out, and the differences between donors, which do not (:mod:`exprgen.spaces`). With three donors or
-thirty the first is the same; without the second, every gene in which people differ is "found".
+The observed value is the mean of the sample's cells of a group, its pseudobulk. What is expected
+is the law of such a mean for a donor that the model has not seen: the cells' own noise, which
+averages out, and the differences between donors, which do not (:mod:`exprgen.spaces`). With three
+donors or thirty the first is the same; without the second, every gene in which people differ is
+"found".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from exprgen.models._query import CELL, TABLE
 from exprgen.models._statistics import order_statistics
 from exprgen.models._tails import tails_of_mean
 from exprgen.tl._model import check_model
-from exprgen.tl._ranked import adjusted, check_ranked_key, signed_scores, store_ranked
+from exprgen.tl._ranked import check_ranked_key, signed_scores, store_ranked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +48,8 @@ def nof1_de(
 ) -> pd.DataFrame:
     """Which genes of one patient, or sample, are outside what is expected of a new donor?
 
-    The model must know how donors differ: train it with a ``donor_key``, on reference donors. Counts
-    are compared at the sample's own depths, so that deeper sequencing is no finding.
+    The model must know how donors differ: train it with a ``donor_key``, on reference donors.
+    Counts are compared at the sample's own depths, so that deeper sequencing is no finding.
 
     Parameters
     ----------
@@ -92,6 +93,7 @@ def nof1_de(
         If conditions differ within a group.
     """
     import pandas as pd
+    from scipy.stats import false_discovery_control
 
     check_model(model)
     donors = model.module.space.donors
@@ -140,7 +142,7 @@ def nof1_de(
                 "scores": signed_scores(p, tails.at_least <= tails.at_most),
                 "logfoldchanges": change,
                 "pvals": p,
-                "pvals_adj": adjusted(p),
+                "pvals_adj": false_discovery_control(p),
                 "observed": observed,
                 "expected": tails.expected,
                 "lower": lower,
@@ -179,19 +181,20 @@ def _check_one_new_donor(cells: Cells, model: GenerativeModel) -> None:
         raise ValueError("adata has no cells: there is nothing to compare.")
     split = model._split_of(cells.adata)
     n_known = 0 if split is None else int((split != "new").sum())
-    key = model.schema.donor_key
-    labels = cells.adata.obs[key].unique() if key in cells.adata.obs else ()
-    if len(labels) > 1:
+    seen = f"{n_known} of its cells were" if n_known else ""
+    donor, obs = model.schema.donor, cells.adata.obs
+    if donor is not None and donor.key in obs:
+        labels = obs[donor.key].unique()
+        if len(labels) > 1:
+            raise ValueError(
+                f"adata has {len(labels)} donors in obs[{donor.key!r}] ({name_some(labels)}): "
+                "nof1_de compares one sample with what is expected. Call it for each."
+            )
+        if (donor.lookup(obs[donor.key]) >= 0).any():
+            seen = f"donor {labels[0]!r} was"
+    if seen:
         raise ValueError(
-            f"adata has {len(labels)} donors in obs[{key!r}] ({name_some(labels)}): nof1_de "
-            "compares one sample with what is expected. Call it for each."
-        )
-    table, _ = model.schema.parse(cells.adata, argument="adata")
-    known = key in table and (model.schema.donor.lookup(table[key]) >= 0).any()
-    if known or n_known:
-        what = f"donor {labels[0]!r} was" if known else f"{n_known} of its cells were"
-        raise ValueError(
-            f"adata is not new to the model: {what} in its training, which has learned what it "
+            f"adata is not new to the model: {seen} in its training, which has learned what it "
             "should judge. Train on other donors only."
         )
 
@@ -203,7 +206,11 @@ def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.
         raise KeyError(f"groupby={groupby!r} is no column of obs.{closest(groupby, obs.columns)}")
     column = obs[groupby]
     refuse_values(
-        obs.index, column.isna().to_numpy(), f"obs[{groupby!r}]", "missing value", " Leave them out."
+        obs.index,
+        column.isna().to_numpy(),
+        f"obs[{groupby!r}]",
+        "missing value",
+        " Leave them out.",
     )
     labels = column.astype(str).to_numpy()
     order = column.cat.categories if column.dtype == "category" else np.unique(column)

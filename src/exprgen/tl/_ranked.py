@@ -18,17 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-__all__ = ["adjusted", "check_ranked_key", "signed_scores", "store_ranked"]
-
-
-def adjusted(p_values: np.ndarray) -> np.ndarray:
-    """P-values adjusted for the false discovery rate :cite:p:`benjamini1995`, ``(n,)``."""
-    n = len(p_values)
-    order = np.argsort(p_values)[::-1]
-    raised = np.minimum.accumulate(p_values[order] * n / np.arange(n, 0, -1))
-    out = np.empty(n)
-    out[order] = np.minimum(raised, 1)
-    return out
+__all__ = ["check_ranked_key", "signed_scores", "store_ranked"]
 
 
 def signed_scores(p_values: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -69,14 +59,14 @@ def store_ranked(adata: AnnData, key: str, table: pd.DataFrame, params: Mapping[
 
     Every group has the same number of genes, in the order in which they are to be.
     """
-    groups = list(dict.fromkeys(table["group"]))
-    of_group = {group: table[table["group"] == group] for group in groups}
+    of_group = dict(list(table.groupby("group", sort=False)))
+    n_genes = len(table) // len(of_group)
     entry: dict[str, Any] = {"params": dict(params)}
     for column in table.columns.drop("group"):
         values = table[column].to_numpy()
         kind = object if values.dtype.kind in "OUT" else values.dtype
-        records = np.empty(len(of_group[groups[0]]), dtype=[(str(group), kind) for group in groups])
-        for group in groups:
-            records[str(group)] = of_group[group][column].to_numpy()
+        records = np.empty(n_genes, dtype=[(str(group), kind) for group in of_group])
+        for group, part in of_group.items():
+            records[str(group)] = part[column].to_numpy()
         entry[column] = records
     adata.uns[key] = entry
