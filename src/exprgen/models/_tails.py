@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tails", "tails_of_mean"]
 
-_N_NODES, _REACH = 601, 6.0  # t up to sinh(6) = 202
+_N_NODES, _REACH = 401, 6.0  # t up to sinh(6) = 202
 _LARGEST_EFFECT = 50.0
-_N_DRAWS = 4000
+_N_DRAWS = 2000
 
 
 @dataclass(frozen=True)

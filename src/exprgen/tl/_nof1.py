@@ -9,7 +9,7 @@ donors or thirty the first is the same; without the second, every gene in which 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["nof1_de"]
 
 _METHOD = "exprgen.nof1_de"
+_MIN_EXPECTED = 10  # counts in all: p-values of fewer come in steps, and many are 1
 
 
 def nof1_de(
@@ -41,12 +42,13 @@ def nof1_de(
     model: GenerativeModel,
     *,
     groupby: str,
+    inflation: float | Literal["genes"] = "genes",
     level: float = 0.9,
     n_samples: int = 1000,
     key_added: str | None = "nof1_de",
     seed: int | None = None,
 ) -> pd.DataFrame:
-    """Which genes of one patient, or sample, are outside what is expected of a new donor?
+    r"""Which genes of one patient, or sample, are outside what is expected of a new donor?
 
     The model must know how donors differ: train it with a ``donor_key``, on reference donors.
     Counts are compared at the sample's own depths, so that deeper sequencing is no finding.
@@ -60,6 +62,12 @@ def nof1_de(
     groupby
         Column of ``.obs``: each group (a cell type, say) is compared by itself. The model's
         conditions must be the same in all cells of a group.
+    inflation
+        By how much variances of standard scores are too large, :math:`\lambda`: people also
+        differ in one cell type and not in another, samples in ways that belong to no gene, and the
+        model knows neither. ``"genes"`` takes it of each group from the sample's own genes, by the
+        median of their squared scores :cite:p:`devlin1999`, at least 1: right where most genes
+        are as in anybody, cautious where most are not. A number is taken as it is, 1 as none.
     level
         Of the expected range ``lower`` to ``upper``: the share of new donors inside it.
     n_samples
@@ -78,7 +86,8 @@ def nof1_de(
         ``logfoldchanges``, log2 of observed over expected with half a count added to the sums (of
         continuous values their difference over log 2, which is the same for natural logarithms);
         ``pvals``, two-sided; ``pvals_adj`` :cite:p:`benjamini1995`, per group; ``observed``,
-        ``expected``, ``lower``, ``upper``, in the unit of the layer per cell; ``n_cells``.
+        ``expected``, ``lower``, ``upper``, in the unit of the layer per cell; ``n_cells``;
+        ``inflation``.
 
         P-values are tail probabilities of the model's law of the mean, integrated rather than
         drawn, hence of any size. They assume that the model's genes vary between donors as
@@ -93,6 +102,7 @@ def nof1_de(
         If conditions differ within a group.
     """
     import pandas as pd
+    from scipy.special import ndtr, ndtri
     from scipy.stats import false_discovery_control
 
     check_model(model)
@@ -102,6 +112,10 @@ def nof1_de(
             f"nof1_de needs to know how donors differ, and this {type(model).__name__} has no "
             "donor effects. Set up with donor_key=... and train on several donors."
         )
+    if isinstance(inflation, str):
+        _arguments.check_choice(inflation, "inflation", ("genes",))
+    else:
+        _arguments.check_number(inflation, "inflation", "(0, inf)")
     level = _arguments.check_number(level, "level", "(0, 1)")
     _arguments.check_positive_int(n_samples, "n_samples")
     home = model._home(adata)
@@ -126,8 +140,13 @@ def nof1_de(
         )
         likelihood = model.module.space.likelihood
         tails = tails_of_mean(likelihood, donors, decoded, total, len(rows), noise)
-        p = tails.p_value
-        lower, upper = order_statistics(tails.draws, [(1 - level) / 2, (1 + level) / 2])
+        score = signed_scores(tails.p_value, tails.at_least <= tails.at_most)
+        told = tails.expected * len(rows) >= _MIN_EXPECTED if likelihood.is_count else slice(None)
+        factor = _inflation(score[told]) if isinstance(inflation, str) else inflation
+        score = score / np.sqrt(factor)
+        p = np.clip(2 * ndtr(-np.abs(score)), 1e-300, 1)
+        beyond = ndtr(ndtri((1 - level) / 2) * np.sqrt(factor))
+        lower, upper = order_statistics(tails.draws, [beyond, 1 - beyond])
         observed = total / len(rows)
         half = 0.5 / len(rows)
         change = (
@@ -139,7 +158,7 @@ def nof1_de(
             {
                 "group": group,
                 "names": model.var_names.to_numpy(),
-                "scores": signed_scores(p, tails.at_least <= tails.at_most),
+                "scores": score,
                 "logfoldchanges": change,
                 "pvals": p,
                 "pvals_adj": false_discovery_control(p),
@@ -148,6 +167,7 @@ def nof1_de(
                 "lower": lower,
                 "upper": upper,
                 "n_cells": len(rows),
+                "inflation": factor,
             }
         )
         parts.append(part.sort_values("scores", ascending=False, kind="stable"))
@@ -227,6 +247,15 @@ def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.
                 "mean is known for cells of equal conditions. Group by these conditions."
             )
     return groups
+
+
+def _inflation(scores: np.ndarray) -> float:
+    """Median of squared scores over that of a standard normal's, at least 1."""
+    from scipy.stats import chi2
+
+    if not len(scores):
+        return 1.0
+    return max(1.0, float(np.median(scores**2) / chi2.median(1)))
 
 
 def _depths(cells: Cells, rows: np.ndarray, n_samples: int) -> torch.Tensor:
