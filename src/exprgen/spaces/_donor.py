@@ -71,6 +71,7 @@ class DonorEffect(nn.Module):
         """Degrees of freedom of a new donor's t law."""
         return self.n_donors - 1 + _PRIOR_DOF
 
+    @torch.no_grad()
     def heavy_law(self) -> tuple[Tensor, Tensor]:
         """Centre and scale of the t law of a new donor's effect, each ``(n_vars,)``."""
         scale = self.new_donor_scale()
@@ -167,6 +168,7 @@ class DonorEffect(nn.Module):
         scaled = (likelihood.mean(*decoded) - likelihood.background).double().mean(0)
         return scaled * effect.double().exp() + likelihood.background
 
+    @torch.no_grad()
     def moments_at(
         self, likelihood: Likelihood, decoded: Decoded, effect: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -255,6 +257,7 @@ class AdditiveDonorEffect(DonorEffect):
         share, left = at - left, left.long()
         return (1 - share) * grid.gather(0, left) + share * grid.gather(0, left + 1)
 
+    @torch.no_grad()
     def moments_at(
         self, likelihood: Likelihood, decoded: Decoded, effect: Tensor
     ) -> tuple[Tensor, Tensor]:
