@@ -1,19 +1,22 @@
 """Power of a study of new donors, planned with a model, against real donors resampled.
 
 NBVAE is trained on the eight donors of ``kang_ctrl_8donors``. A study compares the monocytes of
-four donors with those of four others; in the second group one gene in ten has its expression
-halved. Each donor's cells are summed to a pseudobulk, and log counts per million compared by a
-t-test; power is the share of the changed genes with p < .05, size that of the others. Four sources
-of such studies:
+four donors with those of four others; in the second group one gene in ten is expressed less. Each
+donor's cells are summed to a pseudobulk, and log counts per million compared by a t-test; power is
+the share of the changed genes with p < .05, size that of the others. Studies are of
 
-*real donors*: the eight donors, split at random, their molecules thinned in the second group; *one
-effect per donor*: ``model.sample`` with a new donor label per donor (the recipe of the guide); *an
-effect per cell*: a new label per cell, so that donors' effects average out: wrong; *no donors*:
-the same model without its donor effects (a known donor's label for all): wrong.
+*real donors*: the eight donors, split at random, their molecules thinned in the second group;
+
+*one effect per donor*: ``model.sample`` with a new label per donor (the recipe of the guide);
+
+*an effect per cell*: a new label per cell, so that donors' effects average out, which is wrong;
+
+*no donors*: one known donor's label for all cells, which is wrong as well.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 NAME, CELLS = "kang_ctrl_8donors", "CD14+ Monocytes"
-CHANGE = -1.0
-"""Planted log2 fold change."""
+CHANGES = -0.5, -1.0
+"""Planted log2 fold changes."""
 N_SIDE = 4
 MIN_MEAN = 0.1
 """Counts per cell of the genes that are looked at."""
@@ -54,26 +57,31 @@ def main() -> None:
     donors = real.obs["donor"].to_numpy()
     n_cells = int(np.median(np.unique(donors, return_counts=True)[1]))
     rows = []
-    for study in range(3 if args.quick else args.studies):
-        say(f"study {study}")
+    for study, size in product(range(3 if args.quick else args.studies), CHANGES):
+        say(f"study {study}, log2 fold change {size:g}")
         rng = np.random.default_rng([args.seed, study])
         changed = seen & (rng.random(adata.n_vars) < 0.1)
-        change = dict(zip(adata.var_names[changed], np.full(changed.sum(), CHANGE), strict=True))
+        change = dict.fromkeys(adata.var_names[changed], size)
         bulks = {
-            "real donors": resampled(counts, donors, changed, n_cells, rng),
+            "real donors": resampled(counts, donors, changed, size, n_cells, rng),
             "one effect per donor": planned(model, change, n_cells, "donor", study),
             "an effect per cell": planned(model, change, n_cells, "cell", study),
             "no donors": planned(model, change, n_cells, "none", study),
         }
         for source, bulk in bulks.items():
-            power, size = tested(bulk, changed, seen)
-            rows.append({"study": study, "source": source, "power": power, "size": size})
+            power, level = tested(bulk, changed, seen)
+            rows.append(
+                {"study": study, "change": size, "source": source, "power": power, "size": level}
+            )
     results = pd.DataFrame(rows)
-    by = results.groupby("source", sort=False)[["power", "size"]]
-    error = by.std() / np.sqrt(results["study"].nunique())
-    shown = by.mean().map("{:.3f}".format) + " ± " + error.map("{:.3f}".format)
-    table = f"{N_SIDE} donors on each side, {n_cells} cells each, log2 fold change {CHANGE:g}.\n\n"
-    table += format_table(shown, index="source")
+    error = np.sqrt(results["study"].nunique())
+    shown = {}
+    for source, part in results.groupby("source", sort=False):
+        by = {f"power at {c:g}": part.loc[part["change"] == c, "power"] for c in CHANGES}
+        by["size"] = part.groupby("study")["size"].mean()
+        shown[source] = {k: f"{v.mean():.3f} ± {v.std() / error:.3f}" for k, v in by.items()}
+    table = f"{N_SIDE} donors on each side, {n_cells} cells each.\n\n"
+    table += format_table(pd.DataFrame(shown).T, index="source")
     write(args, "power", results, table)
     print("\n" + table)
 
@@ -82,6 +90,7 @@ def resampled(
     counts: np.ndarray,
     donors: np.ndarray,
     changed: np.ndarray,
+    change: float,
     n_cells: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
@@ -91,7 +100,7 @@ def resampled(
         rows = rng.choice(np.flatnonzero(donors == donor), n_cells)
         total = counts[rows].sum(0).astype(int)
         if i >= N_SIDE:
-            total[changed] = rng.binomial(total[changed], 2.0**CHANGE)
+            total[changed] = rng.binomial(total[changed], 2.0**change)
         bulk.append(total)
     return np.stack(bulk)
 
