@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["ResidualSpace"]
 
 _N_PARTS = 5
+# Finite, for files; as good as none.
+_NO_BOUND = -1e30
 # What is left of a variance at least when that by the predictor's parameters is taken off.
 _LEAST_SHARE = 0.2
 # Log scales that conditions far from training cannot exceed, relative to those in it.
@@ -182,10 +184,13 @@ class ResidualSpace(GaussianPosterior):
 def _bound(x: Tensor, minimum: Tensor) -> Tensor:
     """Least value that draws can have, ``(n_vars,)``: a gene's own where cells pile up at it.
 
-    One cell's least value is no bound; all values' is a cautious one.
+    Of other genes it is the least of all values, if several are as low: 0 of logarithms of
+    counts. One cell's least value is no bound.
     """
     piles_up = (x.double() <= minimum).sum(0) > 1
-    return torch.where(piles_up, minimum, minimum.min())
+    least = minimum.min()
+    common = least if int((x.double() <= least).sum()) > 1 else torch.full_like(least, _NO_BOUND)
+    return torch.where(piles_up, minimum, common)
 
 
 def _start(moments: DataMoments, residuals: np.ndarray, lower: Tensor) -> Start:
