@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from exprgen import _arguments, _validate
-from exprgen._errors import DataQualityWarning
+from exprgen._errors import DataQualityWarning, ExtrapolationWarning
 from exprgen.means import Mean, PrecomputedMean, as_mean
 from exprgen.models._base import GenerativeModel
 from exprgen.models._build import (
@@ -201,7 +201,10 @@ class HybridResidualModel(GenerativeModel):
             of_rows = None if groups is None else groups[rows]
             self.mean.fit(inputs.iloc[rows], y[rows], weights, groups=of_rows, seed=self.seed_)
             means, variance = np.zeros_like(y), None
-            means[rows] = self.mean.predict(inputs.iloc[rows])
+            with warnings.catch_warnings():
+                # Of validation cells alone; what is asked later is warned of then.
+                warnings.simplefilter("ignore", ExtrapolationWarning)
+                means[rows] = self.mean.predict(inputs.iloc[rows])
             if (left_open := self.mean.parameter_variance(inputs.iloc[rows])) is not None:
                 variance = np.zeros_like(y)
                 variance[rows] = left_open
