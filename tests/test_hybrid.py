@@ -580,3 +580,17 @@ def test_continuous_values_of_condvae_are_read_alike():
         model.train(**CPU)
         cells = model.sample({"tissue": "a", "sex": "f"}, 5, seed=0, **QUIET)
         assert cells.shape == (5, 40)
+
+
+def test_a_predictor_that_is_given_stays_as_it_was():
+    """Two models may be given one; neither learns the other's."""
+    mean = SklearnMean(Ridge())
+    first, _ = _bulk(40)
+    second, _ = _bulk(40, seed=5)
+    second.X += 3
+    a = _trained(first, mean=mean, density="gaussian")
+    before = a.mean.predict(first.obs)
+    b = _trained(second, mean=mean, density="gaussian")
+    assert mean.fitted is None
+    np.testing.assert_array_equal(a.mean.predict(first.obs), before)
+    assert (b.mean.predict(first.obs) - before).mean() == pytest.approx(3, abs=0.5)
