@@ -293,6 +293,12 @@ def test_the_encoder_sees_conditions_but_neither_batch_nor_donor():
         assert (other_mean[:, :-1] != mean).any()
 
 
+def test_new_donors_have_a_depth_of_their_own_unless_the_user_gives_it():
+    latent = _space()
+    assert torch.equal(latent.donor_depths, latent.depth.donor_offset)
+    assert _space(observed=True).donor_depths is None
+
+
 def test_decoding_multiplies_depth_composition_and_donor():
     space, (_, c, _) = _space(), _cells()
     y = torch.randn(5, 3, generator=_generator())
