@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
@@ -51,8 +52,15 @@ def normal_law(mean: np.ndarray, sd: np.ndarray, y: np.ndarray) -> Law:
 def of_model(model: Any, test: AnnData, seed: int, n_draws: int = N_DRAWS) -> Law:
     """What ``predict`` and ``sample`` of a model say of the conditions of held-out samples."""
     told = model.predict(test, n_samples=n_draws, copy=True, seed=seed, **QUIET)
-    drawn = model.sample(test, n_obs=n_draws, seed=seed, **QUIET)
-    draws = np.asarray(drawn.X).reshape(test.n_obs, n_draws, -1).swapaxes(0, 1)
+    # Every draw is of another new donor: cells of one row of conditions share theirs.
+    rows = np.tile(np.arange(test.n_obs), n_draws)
+    asked_for = ad.AnnData(
+        obs=test.obs.iloc[rows].drop(columns=model.schema.donor_key or []),
+        obsm={key: values[rows] for key, values in test.obsm.items()},
+    )
+    asked_for.obs_names = np.arange(len(rows)).astype(str)
+    drawn = model.sample(asked_for, seed=seed, **QUIET)
+    draws = np.asarray(drawn.X).reshape(n_draws, test.n_obs, -1)
     layers = [np.asarray(told.layers[f"exprgen_{name}"]) for name in ("mean", "q05", "q95")]
     return Law(*layers, metrics.crps(draws, np.asarray(test.X)), draws)
 

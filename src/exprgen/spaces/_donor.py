@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Likelihood
     from exprgen.spaces._base import Decoded
 
-__all__ = ["AdditiveDonorEffect", "DonorEffect"]
+__all__ = ["AdditiveDonorEffect", "DonorEffect", "LeftOutDonorEffect"]
 
 # Degrees of freedom that the genes' common variance is worth.
 _PRIOR_DOF = 4.0
@@ -71,11 +71,15 @@ class DonorEffect(nn.Module):
         """Degrees of freedom of a new donor's t law."""
         return self.n_donors - 1 + _PRIOR_DOF
 
+    def new_donor_variance(self) -> Tensor:
+        """Variance of the t law of a new donor's log effect, ``(n_vars,)``."""
+        return self.new_donor_scale().square() * self.dof / (self.dof - 2)
+
     def law(self, donor: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor."""
         if donor >= 0:
             return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
-        variance = self.new_donor_scale().square() * self.dof / (self.dof - 2)
+        variance = self.new_donor_variance()
         return self._centre(variance), variance
 
     def _centre(self, variance: Tensor) -> Tensor:
@@ -227,6 +231,27 @@ class AdditiveDonorEffect(DonorEffect):
         """Expected value of each draw under one effect, ``(n, n_vars)``."""
         moved = decoded._replace(location=self.move(decoded.location, effect))
         return likelihood.mean(*moved)
+
+
+class LeftOutDonorEffect(AdditiveDonorEffect):
+    """Random effects of donors in residuals of predictions that never saw the donor.
+
+    Such residuals are of new donors already: what a few donors leave open in the mean is part of
+    their spread, and is not added again.
+
+    Parameters
+    ----------
+    n_donors, n_vars
+        Donors in training, genes.
+    """
+
+    def new_donor_scale(self) -> Tensor:
+        """Scale of the t law of a new donor's effect, ``(n_vars,)``: that of left-out donors."""
+        return self.variance().sqrt()
+
+    def new_donor_variance(self) -> Tensor:
+        """Variance of a new donor's effect, ``(n_vars,)``: that of left-out donors."""
+        return self.variance()
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
