@@ -22,7 +22,18 @@ from exprgen import metrics
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["N_DRAWS", "QUIET", "Judged", "Law", "judged", "jackknife", "mean_sem", "normal_law", "of_model", "shown"]
+__all__ = [
+    "N_DRAWS",
+    "QUIET",
+    "Judged",
+    "Law",
+    "judged",
+    "jackknife",
+    "mean_sem",
+    "normal_law",
+    "of_model",
+    "shown",
+]
 
 LEVEL = 0.9
 N_DRAWS = 200
@@ -41,7 +52,7 @@ class Law:
 
 
 def normal_law(mean: np.ndarray, sd: np.ndarray, y: np.ndarray) -> Law:
-    """A predictor and Gaussian noise, all in closed form; ``mean`` and ``y`` ``(n_obs, n_vars)``."""
+    """A predictor and Gaussian noise, in closed form; all arrays ``(n_obs, n_vars)``."""
     sd = np.maximum(sd, 1e-9)
     z = (y - mean) / sd
     crps = sd * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
@@ -87,7 +98,7 @@ def judged(law: Law, test: AnnData, predicted: np.ndarray | None = None) -> Judg
         What the predictor that the law is around says of them.
     """
     y = np.asarray(test.X, dtype=float)
-    frame = dict(index=test.obs_names, columns=test.var_names)
+    frame = {"index": test.obs_names, "columns": test.var_names}
     inside = pd.DataFrame((law.lower <= y) & (y <= law.upper), **frame)
     values = {
         "MSE": np.square(y - law.mean).mean(),
@@ -114,7 +125,9 @@ def jackknife(splits: list[Judged], measure: str) -> tuple[float, float]:
     if n < 2:
         return value, float("nan")
     without = [_POOLED[measure](splits[:i] + splits[i + 1 :]) for i in range(n)]
-    return value, float(np.sqrt((n - 1) / n * np.square(np.array(without) - np.mean(without)).sum()))
+    return value, float(
+        np.sqrt((n - 1) / n * np.square(np.array(without) - np.mean(without)).sum())
+    )
 
 
 def _pooled(parts: list[pd.DataFrame]) -> np.ndarray:
@@ -136,7 +149,9 @@ def _variance(splits: list[Judged]) -> float:
 
 def _spread(splits: list[Judged]) -> float:
     """Variance of values drawn for the same conditions, over the mean's error; median gene."""
-    variance, error = (_pooled([s.moments[name] for s in splits]) for name in ("variance", "error"))
+    variance, error = (
+        _pooled([s.moments[name] for s in splits]) for name in ("variance", "error")
+    )
     return float(np.median(variance.mean(0) / error.mean(0)))
 
 

@@ -1,25 +1,25 @@
-"""Bulk samples: is a predictor with the distribution of ``HybridResidualModel`` better than with noise?
+"""Bulk samples: is a predictor with the hybrid's distribution better than one with noise?
 
-Values are log(1 + counts per million) of the 2,000 most variable genes among those expressed in over half of
-the training samples, chosen on these.
+Values are log(1 + counts per million) of the 2,000 most variable genes among those that over half
+of the training samples express, chosen on these.
 
-- ``gtex``: 90 samples, tissue, sex and age band; five folds, tissues in the same shares.
-- ``tcell``: 44 samples of T-cell activation, condition and time point; one donor left out.
-- ``kang``: 62 pseudobulks, donor x cell type of ten cells or more; one donor left out, and known to the
-  model as such (``donor_key``).
+- ``gtex``: 90 samples, tissue, sex and age band; five folds, with the same shares of tissues.
+- ``tcell``: 44 samples of T-cell activation, condition and time; a donor at a time left out.
+- ``kang``: pseudobulks, donor x cell type, of ten cells or more; a donor at a time left out.
 
-The rivals are the same predictor with Gaussian noise, of one variance or of one per gene, from
-residuals of predictions that never saw the sample (``out of sample``) or of the predictor's own
-training samples (``in sample``). They have all training samples; the hybrid keeps a tenth of these for
-validation, the predictor's share included. ``hybrid, in sample`` is the hybrid told that a
-predictor fitted to its samples never saw them. ``CondVAE`` is the generative model without a predictor.
+In the latter two donors are registered as such (``donor_key``). The rivals are the same predictor
+with Gaussian noise, of one variance or of one per gene, from residuals of predictions that never
+saw the sample (``out of sample``) or of the predictor's own training samples (``in sample``). They
+have all training samples; the hybrid keeps a tenth of these for validation, and so from its
+predictor. ``hybrid, in sample`` is told that a predictor fitted to all its samples never saw them.
+``CondVAE`` is the generative model without a predictor, and without donors.
 
-``MSE`` is of the predicted mean, ``/ predictor's`` beside that of the hybrid's own predictor; ``CRPS``
-over that of the hybrid with the same mean, by split; ``coverage`` of 90 % intervals, over all
-values and in the median gene, samples pooled over splits; ``variance`` of drawn values, conditions as in the
-held-out samples, over the variance of these, in the median gene; ``spread``: variance of values drawn for
-a sample's own conditions over the squared error of the mean, in the median gene. 1 is best for both; the control of
-``variance`` is that of training samples beside held-out ones.
+``MSE`` is that of the predicted mean, beside it over that of the hybrid's own predictor; ``CRPS``,
+beside it over that of the hybrid with the same mean, by split; ``coverage`` of 90 % intervals, of
+all values, and of the median gene, samples pooled over splits; ``variance`` of drawn values,
+conditions as in the held-out samples, over that of these, median gene; ``spread``: variance of
+values drawn for a sample's own conditions over the squared error of their mean, median gene. Of
+the last two 1 is best; the control of ``variance`` is that of training over held-out samples.
 """
 
 from __future__ import annotations

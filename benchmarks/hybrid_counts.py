@@ -1,19 +1,20 @@
 """Counts: does a frozen network as mean keep integers, variances and likelihood?
 
-``kang_ifnb_muscat``: 1,556 cells, control and stimulated; a fifth of them held out, in the shares of type and condition.
-The network stands in for one that was trained elsewhere: from indicators of type and condition to
-log(1 + counts per ten thousand), trained on half of the training cells, then frozen.
+``kang_ifnb_muscat``: 1,556 cells, control and stimulated; a fifth of them held out, in the shares
+of type and condition. The network stands in for one that was trained elsewhere: from indicators of
+type and condition to log(1 + counts per ten thousand), trained on other cells, then frozen.
 
-- ``hybrid: network``: ``out_of_sample="predict"``, trained on the other half, which the network never saw. ``NBVAE``
-  of that half alone beside it.
-- ``hybrid: network in folds``: five such networks, each without a fifth of the training cells: a layer of their predictions
-  of that fifth, and a sixth of all for what is asked.
-- ``hybrid: ridge``, the default; and ``NBVAE``: of all training cells.
+- ``NBVAE`` and ``hybrid: ridge``, the default, of all training cells.
+- ``hybrid: network in folds``: five networks, each trained without a fifth of the training cells:
+  a layer has what they predict of that fifth; a sixth network, of all, says what is asked for.
+- ``half of the cells``: the network is trained on one half of the training cells, and the models
+  on the other, which it never saw (``out_of_sample="predict"``).
 
-``log-likelihood`` of held-out cells, nats per cell, a bound; ``variance`` of log(1 + counts per ten thousand) of drawn
-over held-out cells within type and condition, median gene, as :func:`exprgen.metrics.variance_ratio` has it; ``mean``:
-correlation of means with held-out cells', over genes, worst of types and conditions; ``network's``: squared error of
-these means over that of the mean of training cells. The control is training cells in place of drawn ones.
+``log-likelihood`` of held-out cells, nats per cell, a bound; ``variance`` of log(1 + counts per
+ten thousand) of drawn over held-out cells within type and condition, median gene, as
+:func:`exprgen.metrics.variance_ratio` has it; means of types and conditions beside those of
+held-out cells: their worst correlation, and their squared error. The control has training cells
+for drawn ones.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for split in range(args.seed, args.seed + (1 if args.quick else args.splits)):
         train, test = parted(adata, 0.2, split)
-        rows.append({"split": split, "model": CONTROL, **moments(train.layers["counts"], train.obs[GROUP], test)})
+        rows.append(
+            {
+                "split": split,
+                "model": CONTROL,
+                **moments(train.layers["counts"], train.obs[GROUP], test),
+            }
+        )
         for name, model, more in models(train, split, args):
             rows.append({"split": split, "model": name, **judged(model, test, split, **more)})
             say(f"split {split}: {rows[-1]}")
@@ -144,9 +151,7 @@ def moments(counts: Any, groups: Any, test: AnnData) -> dict[str, float]:
     ours, theirs = (np.asarray(g).astype(str) for g in (groups, test.obs[GROUP]))
     means = [(cells[ours == g].mean(0), real[theirs == g].mean(0)) for g in np.unique(theirs)]
     return {
-        "variance": metrics.variance_ratio(
-            cells, real, groups_synthetic=ours, groups_real=theirs
-        ),
+        "variance": metrics.variance_ratio(cells, real, groups_synthetic=ours, groups_real=theirs),
         "worst correlation": min(np.corrcoef(a, b)[0, 1] for a, b in means),
         "error of means": float(np.mean([np.square(a - b).mean() for a, b in means])),
     }

@@ -1,29 +1,23 @@
-"""Drug, dose and time: doses that were left out of seen drugs, and drugs that were never seen.
+"""Doses of a drug that were left out: do predictions lie between the neighbours, and how sure?
 
-``tggates_drug_dose_normalised``: 146 drugs, log2 intensities of 200 genes in human hepatocytes, two replicates
-per drug, dose and time. Doses rise fivefold from Low to Middle to High: the condition is their rank (control 0), a number.
+``tggates_drug_dose_normalised``: 146 drugs, log2 intensities of 200 genes in human hepatocytes,
+two replicates per drug, dose and time. Doses rise about fivefold from Low to Middle to High: the
+condition is their rank, a number, control 0.
 
-**Held-out doses.** Of the 70 drugs with a low dose a third at a time lose Middle, at all times. The rivals
-interpolate: the mean of the samples at Low and at High of the same drug and time, with Gaussian noise of
-one variance or one per gene, from Middle interpolated likewise for the other drugs. The hybrid's
-predictors: its default, ``ridge``, which adds up drug, dose and time, so that all drugs share a
-slope; and ``curves``, ridge on the drug's own level, slope and curvature, at all times together
-and at each, beside the common ones of dose by time (:func:`dose_curves`, twenty lines in a scikit-learn pipeline).
-``rows left out``: residuals of predictions that never saw the sample, but its replicate;
-``arms left out``: nor any sample of the drug at this dose (``donor_key``), which is what a held-out dose is.
+Of the 70 drugs with a low dose a third at a time lose Middle, at all times. The rivals
+interpolate: the mean of the samples at Low and High of the same drug and time, with Gaussian noise
+of one variance or one per gene, of Middle interpolated likewise for the other drugs. Predictors of
+the hybrid are its default, ``ridge``, which adds up drug, dose and time, so that all drugs share a
+slope; and ``curves``, ridge on each drug's own level, slope and curvature, at all times together
+and at each, beside a common curve for each time (:func:`dose_curves` in a scikit-learn pipeline).
 
-``between``: where on the way from Low (0) to High (1) the drug's Middle lies, projected on that way,
-median over drugs and times and how many lie within; only where the drug moves expression, Low and
-High apart by more than replicates are: the half of drugs and times that moves most.
-
-**Held-out drugs**, a fifth at a time. With the drug as a label they cannot be asked for. With an embedding of the drug,
-the leading components of its response at Middle after 24 hours, they can; who asks is warned where the
-vector is further out than all of training. The drug is registered as donor: residuals are those of drugs left out whole.
+``place``: where on the way from Low (0) to High (1) Middle lies, projected on that way; in the
+half of drugs and times where held-out samples move most, as the way is noise where nothing moves.
+``between``: the share within 0 and 1. The last row has means of two replicates each.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,37 +47,34 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-DRUG, TIME, RANK, ARM = "drugid", "duration", "dose_rank", "arm"
+DRUG, TIME, RANK = "drugid", "duration", "dose_rank"
 KEYS = {"categorical_condition_keys": [DRUG, TIME], "continuous_condition_keys": [RANK]}
 DOSES = {"Control": 0, "Low": 1, "Middle": 2, "High": 3}
-REFERENCE = "hybrid: curves, rows left out"
+REFERENCE = "hybrid: curves"
 ENDS = ("Low", "Middle", "High")
-EMBEDDING, N_COMPONENTS = "X_drug", 10
 # A drug's level counts for more than its slope before it is shrunk.
 LEVEL = 3.0
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def main() -> None:
-    """Both questions."""
-    parser = arguments(__doc__)
-    parser.add_argument("--part", nargs="+", default=["doses", "drugs"], choices=["doses", "drugs"])
-    args = parser.parse_args()
+    """Judge all laws of the doses that are left out."""
+    args = arguments(__doc__).parse_args()
     prepare(args)
+    rows, text = held_out_doses(samples(args), args)
+    write(args, "hybrid_doses", rows, text)
+    print(text)
+
+
+def samples(args: argparse.Namespace) -> AnnData:
+    """All samples, their conditions alone in obs."""
     adata = load(args.data, "tggates_drug_dose_normalised")
     adata.X = np.asarray(adata.layers.pop("counts").toarray())
     for key in (DRUG, TIME):
         adata.obs[key] = adata.obs[key].astype(str)
     adata.obs[RANK] = adata.obs["dose_level"].astype(str).map(DOSES).astype(float)
-    adata.obs[ARM] = adata.obs[DRUG] + ", " + adata.obs["dose_level"].astype(str)
-    adata.obs = adata.obs[[DRUG, TIME, RANK, ARM]].copy()
-    for part in args.part:
-        rows, text = {"doses": held_out_doses, "drugs": held_out_drugs}[part](adata, args)
-        write(args, f"hybrid_{part}", rows, text)
-        print(text)
-
-
-# Held-out doses ----------------------------------------------------------------------------
+    adata.obs = adata.obs[[DRUG, TIME, RANK]].copy()
+    return adata
 
 
 def dose_curves(table: pd.DataFrame, drugs: list[str], times: list[str]) -> np.ndarray:
@@ -124,12 +115,8 @@ def held_out_doses(adata: AnnData, args: argparse.Namespace) -> tuple[pd.DataFra
         for name, law in (*interpolated(train, test), with_noise(train, test)):
             found.setdefault(name, []).append(judged(law, test))
         asked_for = test[~test.obs.duplicated([DRUG, TIME])].copy()
-        for name, (mean, options) in {
-            "hybrid: ridge": ("ridge", {}),
-            "hybrid: curves, rows left out": (curves(train), {}),
-            "hybrid: curves, arms left out": (curves(train), {"donor_key": ARM}),
-        }.items():
-            model = trained(train, {**KEYS, **options}, mean, split + args.seed)
+        for name, mean in (("hybrid: ridge", "ridge"), ("hybrid: curves", curves(train))):
+            model = trained(train, KEYS, mean, split + args.seed)
             told = model.mean.predict(test.obs[[DRUG, TIME, RANK]])
             found.setdefault(name, []).append(judged(of_model(model, test, split), test, told))
             ways.setdefault(name, []).append(way([predicted(model, asked_for, d) for d in ENDS]))
@@ -172,19 +159,19 @@ def cell_mean(adata: AnnData, asked_for: AnnData, dose: str) -> np.ndarray:
 
 
 def with_noise(train: AnnData, test: AnnData) -> tuple[str, Law]:
-    """The predictor of curves, with noise of arms that were left out."""
+    """The predictor of curves, with noise of samples that were left out."""
     keys, y = [DRUG, TIME, RANK], np.asarray(train.X, float)
-    mean, arms = SklearnMean(curves(train)), train.obs[ARM].to_numpy()
-    away = y - mean.out_of_sample(train.obs[keys], y, arms, seed=0)
+    mean = SklearnMean(curves(train))
+    away = y - mean.out_of_sample(train.obs[keys], y, seed=0)
     told = mean.fit(train.obs[keys], y, seed=0).predict(test.obs[keys])
     sd = np.broadcast_to(np.sqrt(np.square(away).mean(0)), told.shape)
-    return "curves + noise per gene, arms left out", normal_law(told, sd, np.asarray(test.X, float))
+    return "curves + noise per gene", normal_law(told, sd, np.asarray(test.X, float))
 
 
-def trained(train: AnnData, roles: dict[str, Any], mean: Any, seed: int) -> Any:
-    """The hybrid at its defaults."""
+def trained(train: AnnData, roles: dict[str, Any], mean: Any, seed: int, **options: Any) -> Any:
+    """The hybrid, at its defaults but for the options."""
     exprgen.HybridResidualModel.setup_anndata(train, **roles)
-    model = exprgen.HybridResidualModel(train, mean=mean, seed=seed)
+    model = exprgen.HybridResidualModel(train, mean=mean, seed=seed, **options)
     model.train(accelerator="cpu", progress_bar=False)
     return model
 
@@ -211,7 +198,7 @@ def between(ways: dict[str, np.ndarray]) -> str:
     for name, (place, _) in ((name, values[most].T) for name, values in ways.items()):
         low, middle, high = np.quantile(place, (0.05, 0.5, 0.95))
         rows[name] = {
-            "place of Middle": f"{middle:.2f}",
+            "place": f"{middle:.2f}",
             "90 % of drugs and times": f"{low:.2f} to {high:.2f}",
             "between": f"{((place > 0) & (place < 1)).mean():.3f}",
         }
@@ -232,101 +219,6 @@ def table(found: dict[str, list[Judged]]) -> str:
             "median gene": shown(*jackknife(results, "median gene")),
         }
     return format_table(pd.DataFrame(rows).T, index="")
-
-
-# Held-out drugs ----------------------------------------------------------------------------
-
-
-def held_out_drugs(adata: AnnData, args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
-    """Ask for drugs that training never saw, as a label and by an embedding."""
-    drugs = np.random.default_rng(args.seed).permutation(np.sort(adata.obs[DRUG].unique()))
-    adata.obsm[EMBEDDING] = responses(adata)
-    rows = []
-    for split, some in enumerate(np.array_split(drugs, 5)[: 1 if args.quick else 5]):
-        out = adata.obs[DRUG].isin(some).to_numpy()
-        train, test = adata[~out].copy(), adata[out].copy()
-        label = trained(train, KEYS, "ridge", split)
-        roles = {
-            "categorical_condition_keys": [TIME],
-            "continuous_condition_keys": [RANK],
-            "condition_embedding_key": EMBEDDING,
-            "donor_key": DRUG,
-        }
-        model = trained(train, roles, "ridge", split)
-        # The components were made of Middle at 24 hours.
-        fresh = test[(test.obs[RANK] == DOSES["High"]).to_numpy()].copy()
-        result = judged(of_model(model, fresh, split), fresh)
-        flagged = flags(model, fresh)
-        error = np.square(np.asarray(fresh.X) - model.mean.predict(inputs(fresh))).mean(1)
-        for drug in some:
-            mine = (fresh.obs[DRUG] == drug).to_numpy()
-            rows.append(
-                {
-                    "drug": drug,
-                    "refused as label": refused(label, drug),
-                    "flagged by embedding": flagged[mine].all(),
-                    "MSE": error[mine].mean(),
-                    "coverage": result.covered[mine].to_numpy().mean(),
-                }
-            )
-        seen = train[(train.obs[RANK] == DOSES["High"]).to_numpy()].copy()
-        say(f"drugs, split {split}: flagged {flagged.mean():.3f}, seen {flags(model, seen).mean()}")
-    found = pd.DataFrame(rows)
-    return found, drugs_table(found)
-
-
-def responses(adata: AnnData) -> np.ndarray:
-    """Leading components of each drug's response at Middle after 24 hours, ``(n_obs, n)``."""
-    drugs = adata.obs[DRUG]
-    at_day = adata[(adata.obs[TIME] == "24").to_numpy()]
-    one = at_day[~at_day.obs.duplicated(DRUG)]
-    response = cell_mean(at_day, one, "Middle") - cell_mean(at_day, one, "Control")
-    left, singular, _ = np.linalg.svd(response - response.mean(0), full_matrices=False)
-    components = pd.DataFrame((left * singular)[:, :N_COMPONENTS], index=one.obs[DRUG])
-    return components.loc[drugs].to_numpy()
-
-
-def inputs(adata: AnnData) -> pd.DataFrame:
-    """What the predictor reads: columns, and the embedding as columns."""
-    names = [f"{EMBEDDING}_{i}" for i in range(N_COMPONENTS)]
-    embedding = pd.DataFrame(adata.obsm[EMBEDDING], adata.obs_names, names)
-    return pd.concat([adata.obs[[TIME, RANK]], embedding], axis=1)
-
-
-def flags(model: Any, asked_for: AnnData) -> np.ndarray:
-    """Which rows the model says are extrapolated; a warning goes with any."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        drawn = model.sample(asked_for, seed=0, progress_bar=False)
-    flagged = drawn.obs["extrapolated"].to_numpy(bool)
-    warned = any(issubclass(w.category, exprgen.ExtrapolationWarning) for w in said)
-    if flagged.any() and not warned:
-        raise RuntimeError("Rows were flagged without a warning.")
-    return flagged
-
-
-def refused(model: Any, drug: str) -> bool:
-    """Whether asking for a label that training never saw is an error."""
-    try:
-        model.sample({DRUG: drug, TIME: "24", RANK: 3.0}, progress_bar=False)
-    except exprgen.UnseenCategoryError:
-        return True
-    return False
-
-
-def drugs_table(found: pd.DataFrame) -> str:
-    """How many are refused, flagged, and how far off those are."""
-    flagged = found["flagged by embedding"]
-    text = f"Of {len(found)} drugs that training never saw {found['refused as label'].sum()} are "
-    text += f"refused as labels; by their embedding {flagged.sum()} are flagged.\n\n"
-    rows = {}
-    for name, some in (("flagged", found[flagged]), ("not flagged", found[~flagged])):
-        rows[name] = {
-            "drugs": len(some),
-            "MSE at High": shown(*mean_sem(some["MSE"])),
-            "coverage": shown(*mean_sem(some["coverage"])),
-        }
-    return text + format_table(pd.DataFrame(rows).T, index="embedding")
 
 
 if __name__ == "__main__":
