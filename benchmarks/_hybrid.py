@@ -166,5 +166,6 @@ def mean_sem(values: Any) -> tuple[float, float]:
 
 
 def shown(value: float, error: float, digits: int = 3) -> str:
-    """A number and its standard error."""
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    """A number and its standard error, if there is one."""
+    text = f"{value:.{digits}f}"
+    return text if np.isnan(error) else f"{text} ± {error:.{digits}f}"
