@@ -20,7 +20,7 @@ from _common import arguments, format_table, prepare, say, write
 from _hybrid import judged, mean_sem, of_model, shown
 from hybrid_dose import DOSES, DRUG, KEYS, RANK, TIME, cell_mean, samples, trained
 
-import exprgen
+from exprgen._errors import ExtrapolationWarning, UnseenCategoryError
 
 if TYPE_CHECKING:
     import argparse
@@ -102,7 +102,7 @@ def flags(model: Any, asked_for: AnnData) -> np.ndarray:
         warnings.simplefilter("always")
         drawn = model.sample(asked_for, seed=0, progress_bar=False)
     flagged = drawn.obs["extrapolated"].to_numpy(bool)
-    warned = any(issubclass(w.category, exprgen.ExtrapolationWarning) for w in said)
+    warned = any(issubclass(w.category, ExtrapolationWarning) for w in said)
     if flagged.any() and not warned:
         raise RuntimeError("Rows were flagged without a warning.")
     return flagged
@@ -112,7 +112,7 @@ def refused(model: Any, drug: str) -> bool:
     """Whether asking for a label that training never saw is an error."""
     try:
         model.sample({DRUG: drug, TIME: "24", RANK: 3.0}, progress_bar=False)
-    except exprgen.UnseenCategoryError:
+    except UnseenCategoryError:
         return True
     return False
 
