@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Likelihood
     from exprgen.spaces._base import Decoded
 
-__all__ = ["AdditiveDonorEffect", "DonorEffect"]
+__all__ = ["AdditiveDonorEffect", "DonorEffect", "LeftOutDonorEffect"]
 
 # Degrees of freedom that the genes' common variance is worth.
 _PRIOR_DOF = 4.0
@@ -95,6 +95,10 @@ class DonorEffect(nn.Module):
         """Degrees of freedom of a new donor's t law."""
         return self.n_donors - 1 + _PRIOR_DOF
 
+    def new_donor_variance(self, depths: Tensor | None = None) -> Tensor:
+        """Variance of the t law of a new donor's log effect, ``(n_vars,)``."""
+        return self.new_donor_scale(depths).square() * self.dof / (self.dof - 2)
+
     def law(self, donor: int, depths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor.
 
@@ -102,7 +106,7 @@ class DonorEffect(nn.Module):
         """
         if donor >= 0:
             return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
-        variance = self.new_donor_scale(depths).square() * self.dof / (self.dof - 2)
+        variance = self.new_donor_variance(depths)
         return self._centre(variance, depths), variance
 
     def _centre(self, variance: Tensor, depths: Tensor | None) -> Tensor:
@@ -272,6 +276,28 @@ class AdditiveDonorEffect(DonorEffect):
         """Expected value of each draw under one effect, ``(n, n_vars)``."""
         moved = decoded._replace(location=self.move(decoded.location, effect))
         return likelihood.mean(*moved)
+
+
+class LeftOutDonorEffect(AdditiveDonorEffect):
+    """Random effects of donors in residuals of predictions that never saw the donor.
+
+    Such residuals are of new donors already: what a few donors leave open in the mean is part of
+    their spread, and is not added again.
+
+    Parameters
+    ----------
+    n_donors, n_vars
+        Donors in training, genes.
+    """
+
+    def _new_donor_scales(self, depths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Those of left-out donors; values that are normalised for depth have none."""
+        own = self.variance()
+        return own.sqrt(), own.new_zeros(())
+
+    def new_donor_variance(self, depths: Tensor | None = None) -> Tensor:
+        """Variance of a new donor's effect, ``(n_vars,)``: that of left-out donors."""
+        return self.variance()
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ import torch
 from exprgen.likelihoods import ResidualLaw, Start
 from exprgen.nn import normal_density
 from exprgen.spaces._base import DataMoments, Decoded, GaussianPosterior
-from exprgen.spaces._donor import AdditiveDonorEffect
+from exprgen.spaces._donor import LeftOutDonorEffect
 from exprgen.spaces._factors import donor_effects, noise_of, shared_axes
 from exprgen.spaces._scale import fit_log_scale
 
@@ -77,7 +77,7 @@ class ResidualSpace(GaussianPosterior):
         self.is_correlated = is_correlated
         self.n_dims = n_latent
         self.depth = None
-        self.donors = AdditiveDonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
+        self.donors = LeftOutDonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
         if self.donors is not None:
             self.donors.requires_grad_(False)
         self.register_buffer("log_scale", torch.zeros(1 + sum(self.density_blocks), n_vars))
@@ -177,7 +177,7 @@ class ResidualSpace(GaussianPosterior):
         """Mean scores, ``(n_obs, n_vars)``, and the heads of the law; there is no depth."""
         location = z @ self.loadings.T
         if effect is not None:
-            location = cast("AdditiveDonorEffect", self.donors).move(location, effect)
+            location = cast("LeftOutDonorEffect", self.donors).move(location, effect)
         return Decoded(location, self._heads(c))
 
 
