@@ -24,7 +24,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from exprgen import NBVAE, ExprDiffusion, ExprFlow
+from exprgen import NBVAE, ZINBVAE, ExprDiffusion, ExprFlow, HybridResidualModel
 from exprgen.datasets import simulate_latent
 from exprgen.models import GenerativeModel
 
@@ -40,7 +40,10 @@ TINY_PATH = {**TINY, "density_hidden": 8, "density_layers": 1}
 PATHS = (ExprFlow, ExprDiffusion)
 """Models of two stages."""
 every_model = pytest.mark.parametrize(
-    "model", [NBVAE, *PATHS], indirect=True, ids=lambda model: model.__name__
+    "model",
+    [NBVAE, ZINBVAE, *PATHS, HybridResidualModel],
+    indirect=True,
+    ids=lambda model: model.__name__,
 )
 """A row that is not of one model: what verbs share is tested with one of each kind."""
 N_OBS, N_VARS = 90, 12

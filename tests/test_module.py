@@ -55,7 +55,7 @@ class Linear(nn.Module):
         super().__init__()
         orthogonal, _ = torch.linalg.qr(torch.randn(6, 3, generator=_generator()).double())
         self.weight = orthogonal * torch.tensor([0.8, 2.0, 1.3]).double()
-        self.features = SimpleNamespace(conditions=lambda c: c)
+        self.density_features = lambda c: c
         self.depth = SimpleNamespace(observed=observed)
         self.standardised_depth = lambda log_depth, c: log_depth - 0.5
         self.likelihood = SimpleNamespace(

@@ -29,6 +29,7 @@ CENTRE = np.array([-1.0, 0.5, 2.0, 3.0])
 SD = np.array([0.1, 0.8, 0.3, 0.5])
 THETA = np.array([0.5, 2.0, 10.0, 100.0])
 N_SAMPLES = 200_000
+DEPTHS = torch.tensor([0.2, -0.15, 0.05, -0.2, 0.15, 0.0])
 
 
 def _generator(seed=0):
@@ -55,13 +56,15 @@ def _location(n=N_SAMPLES, seed=1):
     return Decoded(torch.from_numpy(CENTRE).float() + torch.from_numpy(SD).float() * noise)
 
 
-@pytest.mark.parametrize("donor", [None, -1, 2])
-def test_the_terms_of_the_variance_are_the_closed_ones(donor):
+@pytest.mark.parametrize(("donor", "depths"), [(None, None), (-1, None), (-1, DEPTHS), (2, None)])
+def test_the_terms_of_the_variance_are_the_closed_ones(donor, depths):
     module = _module(0 if donor is None else 6)
-    law = predictive_of_cell(module, _location(), -1 if donor is None else donor, _generator(2))
+    code = -1 if donor is None else donor
+    law = predictive_of_cell(module, _location(), code, _generator(2), depths)
     u_mean = u_variance = np.zeros(N_VARS)
     if donor is not None:
-        u_mean, u_variance = (part.detach().numpy() for part in module.space.donors.law(donor))
+        moments = module.space.donors.law(donor, depths)
+        u_mean, u_variance = (part.detach().numpy() for part in moments)
     mean_square = np.exp(2 * CENTRE + SD**2)
     second = np.exp(2 * u_mean + 2 * u_variance)
     mean = np.exp(CENTRE + SD**2 / 2 + u_mean + u_variance / 2)
@@ -97,13 +100,13 @@ def test_outliers_are_part_of_mean_and_spread(donor):
     assert slots["std"][0] > 1.2 * without["std"][0]
 
 
-@pytest.mark.parametrize("donor", [-1, 2])
-def test_the_mean_of_cells_of_one_donor_is_that_of_simulated_cells(donor):
+@pytest.mark.parametrize(("donor", "depths"), [(-1, None), (-1, DEPTHS), (2, DEPTHS)])
+def test_the_mean_of_cells_of_one_donor_is_that_of_simulated_cells(donor, depths):
     """Cells share their donor's effect; averaging removes the rest of the variance only."""
     n_cells, n = 40, 4000
     module = _module(6)
-    law = predictive_of_mean(module, _location(20_000), donor, _generator(3), n_cells)
-    mean, variance = module.space.donors.law(donor)
+    law = predictive_of_mean(module, _location(20_000), donor, _generator(3), n_cells, depths)
+    mean, variance = module.space.donors.law(donor, depths)
     effect = mean + variance.sqrt() * torch.randn(n, N_VARS, generator=_generator(4))
     location = (
         _location(n * n_cells, seed=5).location + effect.repeat_interleave(n_cells, 0).detach()
@@ -118,16 +121,17 @@ def test_the_mean_of_cells_of_one_donor_is_that_of_simulated_cells(donor):
     assert ((inside > 0.88) & (inside < 0.95)).all()
 
 
-def test_the_mean_of_infinitely_many_cells_varies_between_donors_alone():
+@pytest.mark.parametrize("depths", [None, DEPTHS])
+def test_the_mean_of_infinitely_many_cells_varies_between_donors_alone(depths):
     module = _module(6)
     donors = module.space.donors
-    law = predictive_of_mean(module, _location(50_000), -1, _generator(7), None)
+    law = predictive_of_mean(module, _location(50_000), -1, _generator(7), None, depths)
     slots = law.slots((0.05, 0.5, 0.95), ["q05", "q50", "q95"])
     assert (slots["std_latent"] == 0).all()
     np.testing.assert_allclose(slots["std"], slots["std_donor"], rtol=1e-6)
     centre = np.exp(CENTRE + SD**2 / 2)
-    scale = donors.new_donor_scale().detach().numpy()
-    mean, variance = donors.law(-1)
+    scale = donors.new_donor_scale(depths).detach().numpy()
+    mean, variance = donors.law(-1, depths)
     median = centre * (mean + variance / 2).exp().detach().numpy() * np.exp(-(scale**2) / 2)
     for q in (5, 50, 95):
         expected = median * np.exp(stats.t(donors.dof).ppf(q / 100) * scale)

@@ -158,19 +158,26 @@ def donors():
     return effect.requires_grad_(False)
 
 
-def test_donor_variance_and_new_donor_law_follow_their_formulas(donors):
+DEPTHS = torch.tensor([0.5, -0.3, 0.1, -0.1])
+
+
+@pytest.mark.parametrize("depths", [None, DEPTHS])
+def test_donor_variance_and_new_donor_law_follow_their_formulas(donors, depths):
+    """Known donors' depths are in the expected depth of their cells, not in their effects."""
+    offset, kappa2 = (0, 0) if depths is None else (DEPTHS.numpy()[:, None], 0.36 / 3)
     mean, sd = donors.posterior_mean.numpy(), np.exp(donors.posterior_log_sd.numpy())
     square = (mean**2 + sd**2).mean(0)
     tau2 = (4 * square.mean() + 4 * square) / (4 + 4)
     np.testing.assert_allclose(donors.variance(), tau2, rtol=1e-5)
-    np.testing.assert_allclose(donors.new_donor_scale(), np.sqrt(1.25 * tau2), rtol=1e-5)
+    scale = np.sqrt(1.25 * (tau2 + kappa2))
+    np.testing.assert_allclose(donors.new_donor_scale(depths), scale, rtol=1e-5)
     assert donors.dof == 7
-    new_mean, new_variance = donors.law(-1)
+    new_mean, new_variance = donors.law(-1, depths)
     # A new donor's mean factor is that of the known ones, however wide its law.
-    factor = np.exp(mean + sd**2 / 2).mean(0)
+    factor = np.exp(mean + offset + sd**2 / 2).mean(0)
     np.testing.assert_allclose((new_mean + new_variance / 2).exp(), factor, rtol=1e-5)
-    np.testing.assert_allclose(new_variance, stats.t(7, scale=np.sqrt(1.25 * tau2)).var(), 1e-5)
-    own_mean, own_variance = donors.law(2)
+    np.testing.assert_allclose(new_variance, stats.t(7, scale=scale).var(), 1e-5)
+    own_mean, own_variance = donors.law(2, depths)
     np.testing.assert_allclose(own_mean, mean[2])
     np.testing.assert_allclose(own_variance, sd[2] ** 2, rtol=1e-5)
 
@@ -182,25 +189,40 @@ def test_donor_kl_is_that_of_torch(donors):
     torch.testing.assert_close(donors.kl(), expected)
 
 
-@pytest.mark.parametrize("donor", [-1, 2])
-def test_donor_draws_have_the_moments_of_the_law(donors, donor):
-    mean, variance = donors.law(donor)
-    draws = donors.draw(donor, 40_000, _generator(2))
+@pytest.mark.parametrize(("donor", "depths"), [(-1, None), (-1, DEPTHS), (2, DEPTHS)])
+def test_donor_draws_have_the_moments_of_the_law(donors, donor, depths):
+    mean, variance = donors.law(donor, depths)
+    draws = donors.draw(donor, 40_000, _generator(2), depths)
     assert ((draws.mean(0) - mean).abs() < 4.5 * (variance / len(draws)).sqrt()).all()
     np.testing.assert_allclose(draws.var(0), variance, rtol=0.04)
 
 
-def test_heavy_draws_follow_a_t_law(donors):
+def test_genes_of_a_new_donor_have_its_depth_in_common(donors):
+    """All that genes covary by is the depth's variance, 1.25 κ² with the variance of a t of 7."""
+    for depths, expected in ((None, 0.0), (DEPTHS, 1.25 * 0.36 / 3 * 7 / 5)):
+        for draws in (
+            donors.draw(-1, 40_000, _generator(2), depths),
+            donors.draw_heavy(40_000, _generator(2), depths),
+        ):
+            covariance = np.cov(draws.numpy().T)
+            off_diagonal = covariance[~np.eye(50, dtype=bool)].mean()
+            assert off_diagonal == pytest.approx(expected, rel=0.05, abs=0.002)
+
+
+@pytest.mark.parametrize("depths", [None, DEPTHS])
+def test_heavy_draws_follow_a_t_law(donors, depths):
     mean, sd = donors.posterior_mean, donors.posterior_log_sd.exp()
-    factor = (mean + sd.square() / 2).exp().mean(0)
-    centre = factor.log() - donors.new_donor_scale().square() / 2
-    draws = (donors.draw_heavy(40_000, _generator(3)) - centre).numpy()
-    law = stats.t(donors.dof, scale=donors.new_donor_scale().numpy())
+    offset = 0 if depths is None else depths[:, None]
+    factor = (mean + offset + sd.square() / 2).exp().mean(0)
+    scale = donors.new_donor_scale(depths)
+    centre = factor.log() - scale.square() / 2
+    draws = (donors.draw_heavy(40_000, _generator(3), depths) - centre).numpy()
+    law = stats.t(donors.dof, scale=scale.numpy())
     quantiles = [0.01, 0.05, 0.5, 0.95, 0.99]
     below = (draws[None] < law.ppf(np.array(quantiles)[:, None])[:, None]).mean(1)
     for share, q in zip(below, quantiles, strict=True):
         assert (np.abs(share - q) < 4.5 * np.sqrt(q * (1 - q) / len(draws))).all()
-    gene = draws[:, 25] / donors.new_donor_scale()[25].item()
+    gene = draws[:, 25] / scale[25].item()
     assert stats.kstest(gene, stats.t(donors.dof).cdf).pvalue > 1e-3
 
 
@@ -269,6 +291,12 @@ def test_the_encoder_sees_conditions_but_neither_batch_nor_donor():
     for column, value in [(0, 2), (1, 5)]:
         other_mean, _ = space.encode(x, _change(c, column, value), library)
         assert (other_mean[:, :-1] != mean).any()
+
+
+def test_new_donors_have_a_depth_of_their_own_unless_the_user_gives_it():
+    latent = _space()
+    assert torch.equal(latent.donor_depths, latent.depth.donor_offset)
+    assert _space(observed=True).donor_depths is None
 
 
 def test_decoding_multiplies_depth_composition_and_donor():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
+from scipy import sparse, stats
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -224,6 +225,75 @@ def test_donors_without_an_effect_are_shrunk():
     train, _ = _donors(0.0)
     model = _fit(train, categorical_condition_keys=["cell_type"], donor_key="donor")
     assert _donor_sd(model) < 0.12
+
+
+@pytest.fixture(scope="module")
+def donors_of_many_depths():
+    """Twelve donors who differ in depth and in nothing else: their cells' counts are thinned."""
+    adata = datasets.simulate_nb(1800, n_vars=60, n_types=2, log_depth=(7.5, 0.3), seed=0)
+    rng = np.random.default_rng(0)
+    donor = rng.integers(12, size=adata.n_obs)
+    kept = np.exp(-0.8 + 0.3 * stats.zscore(rng.normal(size=12)))
+    counts = rng.binomial(_counts(adata).astype(int), kept[donor][:, None]).astype(np.float32)
+    adata.layers["counts"], adata.obs["donor"] = sparse.csr_matrix(counts), donor.astype(str)
+    return _fit(adata, categorical_condition_keys=["cell_type"], donor_key="donor"), adata
+
+
+def _variances_of_log_totals(adata):
+    """Between donors and within, of one type's cells, as many of each donor: one-way ANOVA."""
+    totals = np.log(np.maximum(_counts(adata).sum(1), 0.5)).reshape(
+        adata.obs["donor"].nunique(), -1
+    )
+    within = totals.var(1, ddof=1).mean()
+    return totals.mean(1).var(ddof=1) - within / totals.shape[1], within
+
+
+def _of_donors(labels):
+    return {"cell_type": ["type_0"] * len(labels), "donor": labels}
+
+
+def test_a_new_donors_cells_share_a_depth(donors_of_many_depths):
+    """As variable as the known donors' by the law of a new one; within donors nothing changes."""
+    model, adata = donors_of_many_depths
+    offset = model.module.space.depth.donor_offset.numpy()
+    assert offset.std() == pytest.approx(0.3, abs=0.04)
+    new = model.sample(_of_donors([f"new_{i}" for i in range(600)]), 12, seed=0, **QUIET)
+    between, within = _variances_of_log_totals(new)
+    donors = model.module.space.donors
+    share = (adata.layers["counts"].sum(0).A1 / adata.layers["counts"].sum()) ** 2
+    # Genes' own effects do not quite average out in a total.
+    own = float((donors.law(-1)[1].detach().numpy() * share).sum())
+    expected = 13 / 12 * (offset**2).sum() / 11 * donors.dof / (donors.dof - 2) + own
+    assert between == pytest.approx(expected, rel=0.2)
+    known = model.sample(_of_donors([str(i) for i in range(12)]), 300, seed=0, **QUIET)
+    apart, alike = _variances_of_log_totals(known)
+    assert apart == pytest.approx(0.09, rel=0.25)
+    assert within == pytest.approx(alike, rel=0.1)
+    assert _counts(new).sum(1).mean() == pytest.approx(_counts(known).sum(1).mean(), rel=0.05)
+    fixed = model.sample(
+        _of_donors([f"new_{i}" for i in range(100)]), 12, library=2000.0, seed=0, **QUIET
+    )
+    assert _variances_of_log_totals(fixed)[0] < 0.02 * expected
+
+
+def test_the_spread_of_a_new_donors_means_has_its_depth(donors_of_many_depths):
+    """Of cells, as many as there are, and what is left where depth is fixed."""
+    model, _ = donors_of_many_depths
+    law, fixed = (
+        model.predict({"cell_type": "type_0"}, of="mean", n_cells=60, seed=0, **options, **QUIET)
+        for options in ({}, {"library": 800.0})
+    )
+    new = model.sample(_of_donors([f"new_{i}" for i in range(300)]), 60, seed=1, **QUIET)
+    means = _counts(new).reshape(300, 60, -1).mean(1)
+    mean, std, between = (law.layers[f"exprgen_{k}"][0] for k in ("mean", "std", "std_donor"))
+    common = mean > 2
+    assert common.sum() > 20
+    np.testing.assert_allclose(mean[common], means.mean(0)[common], rtol=0.12)
+    assert np.median(means.std(0)[common] / std[common]) == pytest.approx(1, abs=0.1)
+    inside = (law.layers["exprgen_q05"][0] <= means) & (means <= law.layers["exprgen_q95"][0])
+    assert inside[:, common].mean() == pytest.approx(0.9, abs=0.04)
+    left = fixed.layers["exprgen_std_donor"][0] / fixed.layers["exprgen_mean"][0]
+    assert np.median(left[common]) < 0.4 * np.median((between / mean)[common])
 
 
 @pytest.fixture(scope="module")

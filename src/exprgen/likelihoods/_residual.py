@@ -38,7 +38,7 @@ _PRIOR_CELLS = 100.0
 # Quantiles rise by at least this per unit of score, in units of the residual's spread: of values
 # that repeat the density would otherwise have no bound.
 _SMALLEST_SLOPE = math.exp(-6)
-_N_NODES = 11
+_N_NODES = 21
 _MOST_POOLED = 1_000_000
 
 

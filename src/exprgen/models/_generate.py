@@ -313,7 +313,9 @@ def _donor_effects(
     known = space.features.donor(torch.from_numpy(codes)).numpy()
     numbers, first, inverse = np.unique(donors, return_index=True, return_inverse=True)
     draws = [
-        space.donors.draw(int(known[row]), 1, generator(seed, DONOR, int(number)))[0]
+        space.donors.draw(
+            int(known[row]), 1, generator(seed, DONOR, int(number)), space.donor_depths
+        )[0]
         for number, row in zip(numbers, first, strict=True)
     ]
     return torch.stack(draws)[torch.from_numpy(inverse)]

@@ -242,6 +242,8 @@ class PredictMixin(ModelCore):
         """The law of each distinct row of conditions, and the rows that it is the law of."""
         distinct = query.keys if log_depth is None else np.c_[query.keys, log_depth.numpy()]
         _, first, inverse = np.unique(distinct, axis=0, return_index=True, return_inverse=True)
+        # Of a fixed depth nothing is left to a donor.
+        depths = self.module.space.donor_depths if log_depth is None else None
         groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
         for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
             noise = generator(seed, CELL, i)
@@ -250,9 +252,9 @@ class PredictMixin(ModelCore):
             law = self.module, decoded, donor, noise
             share = self._parameter_share(query, row)
             if of == "cell":
-                yield groups[i], predictive_of_cell(*law, share)
+                yield groups[i], predictive_of_cell(*law, depths, share)
             else:
-                yield groups[i], predictive_of_mean(*law, n_cells, share)
+                yield groups[i], predictive_of_mean(*law, n_cells, depths, share)
 
     def _decoded(
         self,

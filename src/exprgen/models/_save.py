@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from zipfile import BadZipFile
 
 import anndata as ad
 import torch
@@ -311,6 +312,7 @@ def _is_coded(label: Any) -> bool:
 _MADE_UP = (
     ArithmeticError,
     AttributeError,
+    BadZipFile,
     LookupError,
     OSError,
     RuntimeError,

@@ -92,10 +92,12 @@ def predictive_of_cell(
     decoded: Decoded,
     donor: int,
     generator: torch.Generator,
+    depths: Tensor | None = None,
     parameter_share: Tensor | None = None,
 ) -> Predictive:
     """Law of one cell's values from ``n_samples`` draws of the decoder's output, without donor.
 
+    Where ``depths`` ``(n_donors,)`` are those of the known donors, a new one has its own.
     Of the variance that is drawn, ``parameter_share`` ``(n_vars,)`` is a predictor's parameters'.
     """
     likelihood, donors = module.space.likelihood, module.space.donors
@@ -104,9 +106,9 @@ def predictive_of_cell(
         expected = likelihood.mean(*decoded).double()
         mean, latent = expected.mean(0), expected.var(0, unbiased=len(expected) > 1)
     else:
-        mean, latent, between = donors.terms(likelihood, decoded, donor)
+        mean, latent, between = donors.terms(likelihood, decoded, donor, depths)
         donor_variance = _array(between)
-        effect = donors.draw(donor, len(decoded.location), generator)
+        effect = donors.draw(donor, len(decoded.location), generator, depths)
         decoded = decoded._replace(location=donors.move(decoded.location, effect))
     decoder, parameter = likelihood.variance(*decoded).double().mean(0), None
     if parameter_share is not None:
@@ -130,10 +132,11 @@ def predictive_of_mean(
     donor: int,
     generator: torch.Generator,
     n_cells: int | None,
+    depths: Tensor | None = None,
     parameter_share: Tensor | None = None,
 ) -> Predictive:
     """Law of the mean of ``n_cells`` cells of one donor (``None``: of infinitely many)."""
-    cell = predictive_of_cell(module, decoded, donor, generator, parameter_share)
+    cell = predictive_of_cell(module, decoded, donor, generator, depths, parameter_share)
     share = 0.0 if n_cells is None else 1 / n_cells
     # All cells of the mean share what is not known of the predictor's parameters.
     within = (cell.decoder + cell.latent) * share
@@ -145,7 +148,9 @@ def predictive_of_mean(
     centre = cell.mean
     if donors is not None:
         effect = (
-            donors.draw(donor, n, generator) if donor >= 0 else donors.draw_heavy(n, generator)
+            donors.draw(donor, n, generator)
+            if donor >= 0
+            else donors.draw_heavy(n, generator, depths)
         )
         centre = _array(donors.expected(likelihood, decoded, effect))
     lower = _array(torch.as_tensor(likelihood.lower))

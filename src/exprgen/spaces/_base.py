@@ -186,6 +186,11 @@ class Space(nn.Module, ABC):
         """
         return None
 
+    @property
+    def donor_depths(self) -> Tensor | None:
+        """Known donors' deviations in log depth, ``(n_donors,)``, where a new one has its own."""
+        return None
+
     def known_effect(self, c: Tensor) -> Tensor | None:
         """Posterior mean of the cells' donors' effects, ``(n_obs, n_vars)``; 0 if unknown."""
         return None if self.donors is None else self.donors.known(self.features.donor(c))

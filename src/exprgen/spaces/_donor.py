@@ -15,6 +15,12 @@ spans ±1.9 scales by moderation, ±2.4 without). It is centred so that a new do
 that of the known ones. The factor stands outside
 the softmax, so that its share of a gene's variance has a closed form.
 
+Where depth is latent, donors differ in it as well. What the known donors' log depths :math:`o_d`
+deviate from the regression (:mod:`exprgen.spaces._depth`) is in the expected depth of their cells;
+a new donor draws a deviation :math:`\delta` and has it in all genes alike, so that its log factor
+is :math:`u_g + \delta`, jointly t, with squared scales :math:`(1 + 1/D)(\tau_g^2 + \kappa^2)`,
+:math:`\kappa^2 = \sum_d o_d^2 / (D - 1)`.
+
 Continuous expression is shifted instead, by :math:`u_{dg}` standard deviations of the gene. What
 the shift does to the mean of values that are bounded below has no closed form in the draws of the
 centre; over u, which is Gaussian, it is integrated by Gauss-Hermite quadrature.
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
     from exprgen.likelihoods import Likelihood
     from exprgen.spaces._base import Decoded
 
-__all__ = ["AdditiveDonorEffect", "DonorEffect"]
+__all__ = ["AdditiveDonorEffect", "DonorEffect", "LeftOutDonorEffect"]
 
 # Degrees of freedom that the genes' common variance is worth.
 _PRIOR_DOF = 4.0
@@ -62,9 +68,27 @@ class DonorEffect(nn.Module):
         pooled = mean_square.mean()
         return (_PRIOR_DOF * pooled + self.n_donors * mean_square) / (_PRIOR_DOF + self.n_donors)
 
-    def new_donor_scale(self) -> Tensor:
-        """Scale of the t law of a new donor's log effect, ``(n_vars,)``."""
-        return (self.variance() * (1 + 1 / self.n_donors)).sqrt()
+    def new_donor_scale(self, depths: Tensor | None = None) -> Tensor:
+        """Scale of the t law of a new donor's log effect, ``(n_vars,)``.
+
+        Parameters
+        ----------
+        depths
+            Log depths of the known donors, ``(n_donors,)``, if a new one's effect has its own.
+        """
+        own, common = self._new_donor_scales(depths)
+        return (own.square() + common.square()).sqrt()
+
+    def _new_donor_scales(self, depths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scales of what a new donor has in each gene, ``(n_vars,)``, and in all alike, ``()``."""
+        own, more = self.variance(), 1 + 1 / self.n_donors
+        # The regression took one degree of freedom: depths are deviations from its mean.
+        common = (
+            own.new_zeros(())
+            if depths is None
+            else depths.to(own).square().sum() / max(self.n_donors - 1, 1)
+        )
+        return (own * more).sqrt(), (common * more).sqrt()
 
     @property
     def dof(self) -> float:
@@ -73,27 +97,36 @@ class DonorEffect(nn.Module):
 
     @torch.no_grad()
     def heavy_law(self) -> tuple[Tensor, Tensor]:
-        """Centre and scale of the t law of a new donor's effect, each ``(n_vars,)``."""
+        """Centre and scale of a new donor's t law at a given depth, each ``(n_vars,)``."""
         scale = self.new_donor_scale()
-        return self._centre(scale.square()), scale
+        return self._centre(scale.square(), None), scale
 
-    def law(self, donor: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor."""
+    def new_donor_variance(self, depths: Tensor | None = None) -> Tensor:
+        """Variance of the t law of a new donor's log effect, ``(n_vars,)``."""
+        return self.new_donor_scale(depths).square() * self.dof / (self.dof - 2)
+
+    def law(self, donor: int, depths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a donor's log effect, each ``(n_vars,)``; -1 is a new donor.
+
+        ``depths`` are as in :meth:`new_donor_scale`. Known donors' are not in their effects.
+        """
         if donor >= 0:
             return self.posterior_mean[donor], (2 * self.posterior_log_sd[donor]).exp()
-        variance = self.new_donor_scale().square() * self.dof / (self.dof - 2)
-        return self._centre(variance), variance
+        variance = self.new_donor_variance(depths)
+        return self._centre(variance, depths), variance
 
-    def _centre(self, variance: Tensor) -> Tensor:
+    def _centre(self, variance: Tensor, depths: Tensor | None) -> Tensor:
         """Centre of a new donor's law of a given variance, ``(n_vars,)``."""
-        return self._log_mean_factor() - variance / 2
+        return self._log_mean_factor(depths) - variance / 2
 
-    def _log_mean_factor(self) -> Tensor:
+    def _log_mean_factor(self, depths: Tensor | None) -> Tensor:
         """Logarithm of the known donors' mean factor, ``(n_vars,)``: a new donor's as well.
 
         A wider law must not raise the mean, as the exponential of a centred one would.
         """
         log_factor = self.posterior_mean + (2 * self.posterior_log_sd).exp() / 2
+        if depths is not None:
+            log_factor = log_factor + depths.to(log_factor)[:, None]
         return log_factor.logsumexp(0) - math.log(self.n_donors)
 
     def kl(self) -> Tensor:
@@ -119,29 +152,44 @@ class DonorEffect(nn.Module):
         return torch.where((donors >= 0).unsqueeze(1), effects, torch.zeros_like(effects))
 
     @torch.no_grad()
-    def draw(self, donor: int, n: int, generator: torch.Generator) -> Tensor:
+    def draw(
+        self, donor: int, n: int, generator: torch.Generator, depths: Tensor | None = None
+    ) -> Tensor:
         """Draw one donor's effect n times, ``(n, n_vars)``; -1 is a new donor each time.
 
         Gaussian with the law's mean and variance: a mean count has no finite moments under a t.
         """
-        mean, variance = self.law(donor)
+        mean, variance = self.law(donor, depths)
+        if donor < 0:
+            widening = math.sqrt(self.dof / (self.dof - 2))
+            return mean + widening * self._new_donor_noise(n, generator, depths)
         noise = torch.randn(n, len(mean), generator=generator).to(mean)
         return mean + variance.sqrt() * noise
 
     @torch.no_grad()
-    def draw_heavy(self, n: int, generator: torch.Generator) -> Tensor:
+    def draw_heavy(
+        self, n: int, generator: torch.Generator, depths: Tensor | None = None
+    ) -> Tensor:
         """Draw new donors' effects from the t law, ``(n, n_vars)``: for quantiles of means."""
-        centre, scale = self.heavy_law()
-        noise = torch.randn(n, len(scale), generator=generator)
+        noise = self._new_donor_noise(n, generator, depths)
         gamma = torch._standard_gamma(torch.full((n, 1), self.dof / 2), generator=generator)
-        return centre + scale * (noise * (self.dof / (2 * gamma)).sqrt()).to(scale)
+        centre = self._centre(self.new_donor_scale(depths).square(), depths)
+        return centre + noise * (self.dof / (2 * gamma)).sqrt().to(noise)
+
+    def _new_donor_noise(
+        self, n: int, generator: torch.Generator, depths: Tensor | None
+    ) -> Tensor:
+        """Gaussian noise of the scale of new donors' law, ``(n, n_vars)``."""
+        own, common = self._new_donor_scales(depths)
+        noise = own * torch.randn(n, len(own), generator=generator).to(own)
+        return noise + common * torch.randn(n, 1, generator=generator).to(own)
 
     def move(self, location: Tensor, effect: Tensor) -> Tensor:
         """Locations ``(n_obs, n_vars)`` moved by effects that broadcast with them."""
         return location + effect.to(location)
 
     def terms(
-        self, likelihood: Likelihood, decoded: Decoded, donor: int
+        self, likelihood: Likelihood, decoded: Decoded, donor: int, depths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, and its variance over latent states and over donors, each ``(n_vars,)`` float64.
 
@@ -153,9 +201,11 @@ class DonorEffect(nn.Module):
             Draws of the decoder's output, without a donor.
         donor
             Code; -1 is a new donor.
+        depths
+            As in :meth:`new_donor_scale`.
         """
         mean, latent = _moments(likelihood.mean(*decoded) - likelihood.background)
-        u_mean, u_variance = (moment.double() for moment in self.law(donor))
+        u_mean, u_variance = (moment.double() for moment in self.law(donor, depths))
         first, second = (u_mean + u_variance / 2).exp(), (2 * u_mean + 2 * u_variance).exp()
         between = mean.square() * (second - first.square())
         return mean * first + likelihood.background, latent * second, between
@@ -213,7 +263,7 @@ class AdditiveDonorEffect(DonorEffect):
         super().__init__(n_donors, n_vars)
         self.register_buffer("scale", torch.ones(n_vars))
 
-    def _centre(self, variance: Tensor) -> Tensor:
+    def _centre(self, variance: Tensor, depths: Tensor | None) -> Tensor:
         """Mean of the known donors' effects, ``(n_vars,)``: a wider law does not move it."""
         return self.posterior_mean.mean(0)
 
@@ -222,16 +272,16 @@ class AdditiveDonorEffect(DonorEffect):
         return location + self.scale * effect.to(location)
 
     def terms(
-        self, likelihood: Likelihood, decoded: Decoded, donor: int
+        self, likelihood: Likelihood, decoded: Decoded, donor: int, depths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, and its variance over latent states and over donors; by quadrature over donors.
 
         Parameters
         ----------
-        likelihood, decoded, donor
-            As in :meth:`DonorEffect.terms`.
+        likelihood, decoded, donor, depths
+            As in :meth:`DonorEffect.terms`; there is no depth here.
         """
-        u_mean, u_variance = self.law(donor)
+        u_mean, u_variance = self.law(donor, depths)
         nodes, weights = np.polynomial.hermite_e.hermegauss(_N_NODES)
         moments = [
             _moments(self._mean_at(likelihood, decoded, u_mean + u_variance.sqrt() * node))
@@ -291,6 +341,28 @@ class AdditiveDonorEffect(DonorEffect):
         """Expected value of each draw under one effect, ``(n, n_vars)``."""
         moved = decoded._replace(location=self.move(decoded.location, effect))
         return likelihood.mean(*moved)
+
+
+class LeftOutDonorEffect(AdditiveDonorEffect):
+    """Random effects of donors in residuals of predictions that never saw the donor.
+
+    Such residuals are of new donors already: what a few donors leave open in the mean is part of
+    their spread, and is not added again.
+
+    Parameters
+    ----------
+    n_donors, n_vars
+        Donors in training, genes.
+    """
+
+    def _new_donor_scales(self, depths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Those of left-out donors; values that are normalised for depth have none."""
+        own = self.variance()
+        return own.sqrt(), own.new_zeros(())
+
+    def new_donor_variance(self, depths: Tensor | None = None) -> Tensor:
+        """Variance of a new donor's effect, ``(n_vars,)``: that of left-out donors."""
+        return self.variance()
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,6 +151,11 @@ class LatentSpace(Autoencoder):
         known = cast("KnownMean", self.mean).value(c).clamp(min=0)
         return (known.expm1() + _LEAST_KNOWN).log() - self.unit.log()
 
+    @property
+    def donor_depths(self) -> Tensor | None:
+        """Known donors' deviations in log depth, ``(n_donors,)``; a size factor is the user's."""
+        return None if self.depth.observed else self.depth.donor_offset
+
     def depth_offset(self, c: Tensor) -> Tensor:
         """Expected log depth of each row of encoded conditions, ``(n_obs,)``."""
         return self.depth.offset(self.inputs(c), self.features.donor(c))

@@ -26,7 +26,7 @@ import torch
 from exprgen.likelihoods import ResidualLaw, Start
 from exprgen.nn import normal_density
 from exprgen.spaces._base import DataMoments, Decoded, GaussianPosterior
-from exprgen.spaces._donor import AdditiveDonorEffect
+from exprgen.spaces._donor import LeftOutDonorEffect
 from exprgen.spaces._factors import donor_effects, noise_of, shared_axes
 from exprgen.spaces._scale import fit_log_scale
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["ResidualSpace"]
 
 _N_PARTS = 5
+# Finite, for files; as good as none.
+_NO_BOUND = -1e30
 # What is left of a variance at least when that by the predictor's parameters is taken off.
 _LEAST_SHARE = 0.2
 # Log scales that conditions far from training cannot exceed, relative to those in it.
@@ -75,7 +77,7 @@ class ResidualSpace(GaussianPosterior):
         self.is_correlated = is_correlated
         self.n_dims = n_latent
         self.depth = None
-        self.donors = AdditiveDonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
+        self.donors = LeftOutDonorEffect(layout.n_donor, n_vars) if layout.n_donor else None
         if self.donors is not None:
             self.donors.requires_grad_(False)
         self.register_buffer("log_scale", torch.zeros(1 + sum(self.density_blocks), n_vars))
@@ -175,17 +177,20 @@ class ResidualSpace(GaussianPosterior):
         """Mean scores, ``(n_obs, n_vars)``, and the heads of the law; there is no depth."""
         location = z @ self.loadings.T
         if effect is not None:
-            location = cast("AdditiveDonorEffect", self.donors).move(location, effect)
+            location = cast("LeftOutDonorEffect", self.donors).move(location, effect)
         return Decoded(location, self._heads(c))
 
 
 def _bound(x: Tensor, minimum: Tensor) -> Tensor:
     """Least value that draws can have, ``(n_vars,)``: a gene's own where cells pile up at it.
 
-    One cell's least value is no bound; all values' is a cautious one.
+    Of other genes it is the least of all values, if several are as low: 0 of logarithms of
+    counts. One cell's least value is no bound.
     """
     piles_up = (x.double() <= minimum).sum(0) > 1
-    return torch.where(piles_up, minimum, minimum.min())
+    least = minimum.min()
+    common = least if int((x.double() <= least).sum()) > 1 else torch.full_like(least, _NO_BOUND)
+    return torch.where(piles_up, minimum, common)
 
 
 def _start(moments: DataMoments, residuals: np.ndarray, lower: Tensor) -> Start:
