@@ -10,7 +10,7 @@ from scipy import stats
 import exprgen
 from exprgen import tl
 from exprgen.models._statistics import Predictive, mixture
-from exprgen.tl._effect import _Law, _law, _table
+from exprgen.tl._effect_law import LawOfChange, columns_of, law_of_change
 
 A, B = {"cell_type": "type_0"}, {"cell_type": "type_1"}
 
@@ -45,23 +45,23 @@ def test_interval_covers_what_one_more_seed_says():
     truth = rng.normal(0, 2, n_genes)
     said = truth + 0.3 * rng.standard_normal((n_models + 1, n_genes))
     parts = np.repeat(said[:n_models, None], 10, axis=1)
-    law = _law(_Fake(), parts, [np.ones(n_genes)] * 2, None, 0.1)
-    table = _table(law, 0.0, 0.9)
+    law = law_of_change(_Fake(), parts, [np.ones(n_genes)] * 2, None, 0.1)
+    table = columns_of(law, 0.0, 0.9)
     inside = (table["lower"] <= said[-1]) & (said[-1] <= table["upper"])
     assert inside.mean() == pytest.approx(0.9, abs=3 * np.sqrt(0.09 / n_genes))
     # Of no effect at all, as many p-values are below .1 as should be.
-    none = _law(_Fake(), parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
-    rejected = (_table(none, 0.0, 0.9)["pvals"] < 0.1).mean()
+    none = law_of_change(_Fake(), parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
+    rejected = (columns_of(none, 0.0, 0.9)["pvals"] < 0.1).mean()
     assert rejected < 0.1  # a mean of four is surer than one more model
 
 
 def test_monte_carlo_error_is_that_of_parts():
     rng = np.random.default_rng(1)
     parts = rng.normal(1, 0.5, (1, 10, 30_000))
-    law = _law(_Fake(), parts, [np.ones(30_000)] * 2, None, 0.1)
+    law = law_of_change(_Fake(), parts, [np.ones(30_000)] * 2, None, 0.1)
     assert (law.sampling**0.5).mean() == pytest.approx(0.5 / np.sqrt(10), rel=0.05)
     assert law.dof[0] == pytest.approx(9)
-    table = _table(law, 0.0, 0.9)
+    table = columns_of(law, 0.0, 0.9)
     assert (table["pvals"] > 0).all()
 
 
@@ -85,15 +85,17 @@ def test_donor_term_is_the_variance_of_studies_of_other_donors(models):
 
 
 def test_columns_of_a_known_law():
-    law = _Law(np.array([1.0, -0.2]), np.array([0.04, 0.04]), *np.zeros((2, 2)), np.full(2, 5.0))
-    table = _table(law, 0.5, 0.95)
+    law = LawOfChange(
+        np.array([1.0, -0.2]), np.array([0.04, 0.04]), *np.zeros((2, 2)), np.full(2, 5.0)
+    )
+    table = columns_of(law, 0.5, 0.95)
     t = stats.t(5)
     np.testing.assert_allclose(table["upper"] - table["lower"], 2 * t.ppf(0.975) * 0.2)
     above = t.sf((0.5 - law.mean) / 0.2) + t.cdf((-0.5 - law.mean) / 0.2)
     np.testing.assert_allclose(table["probability"], above)
     p = t.sf((np.abs(law.mean) - 0.5) / 0.2) + t.sf((np.abs(law.mean) + 0.5) / 0.2)
     np.testing.assert_allclose(table["pvals"], p)
-    assert (_table(law, 0.0, 0.95)["probability"] == 1).all()
+    assert (columns_of(law, 0.0, 0.95)["probability"] == 1).all()
 
 
 def test_fold_changes_are_the_simulators(models):

@@ -21,7 +21,7 @@ The sum is taken as a t with the degrees of freedom of Welch and Satterthwaite
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from exprgen import _arguments
 from exprgen._random import generator, resolve_seed
 from exprgen.models import GenerativeModel
 from exprgen.models._query import CELL, TABLE
+from exprgen.tl._effect_law import columns_of, law_of_change
 from exprgen.tl._ensemble import check_ensemble
 from exprgen.tl._ranked import check_ranked_key, store_ranked
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from exprgen.models._query import Query
-    from exprgen.spaces._donor import DonorEffect
 
 __all__ = ["effect"]
 
@@ -142,8 +142,8 @@ def effect(
     )
     change = _fold_change(models[0], under_a, under_b, pseudocount)
     means = under_a.mean((0, 1)), under_b.mean((0, 1))
-    law = _law(models[0], change, means, n_donors, pseudocount)
-    table = _table(law, delta, level)
+    law = law_of_change(models[0], change, means, n_donors, pseudocount)
+    table = columns_of(law, delta, level)
     table = table.assign(mean_a=means[0], mean_b=means[1])
     table.insert(0, "names", models[0].var_names.to_numpy())
     table.insert(0, "group", group)
@@ -165,20 +165,6 @@ def effect(
         }
         store_ranked(adata, key_added, table, params)
     return table
-
-
-class _Law(NamedTuple):
-    """Student t of each gene's fold change; terms of its variance, each ``(n_vars,)``."""
-
-    mean: np.ndarray
-    parameter: np.ndarray
-    donor: np.ndarray
-    sampling: np.ndarray
-    dof: np.ndarray
-
-    @property
-    def std(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.parameter + self.donor + self.sampling, 1e-24))
 
 
 def _check_sources(
@@ -255,71 +241,3 @@ def _fold_change(
     if not model.needs_counts:
         return (a - b) / np.log(2)
     return np.log2((a + pseudocount) / (b + pseudocount))
-
-
-def _law(
-    model: GenerativeModel,
-    change: np.ndarray,
-    means: Sequence[np.ndarray],
-    n_donors: int | None,
-    pseudocount: float,
-) -> _Law:
-    """Fold changes ``(n_models, n_parts, n_vars)`` and donors as one law."""
-    n_models, n_parts, n_vars = change.shape
-    of_model = change.mean(1)
-    parameter, sampling, donor = np.zeros((3, n_vars))
-    terms = []
-    if n_models > 1:
-        parameter = of_model.var(0, ddof=1) * (1 + 1 / n_models)
-        terms.append((parameter, n_models - 1))
-    else:
-        sampling = change[0].var(0, ddof=1) / n_parts
-        terms.append((sampling, n_parts - 1))
-    if n_donors is not None:
-        effects = cast("DonorEffect", model.module.space.donors)
-        variance = effects.variance().detach().double().cpu().numpy() / np.log(2) ** 2
-        kept = sum((mean / (mean + pseudocount)) ** 2 for mean in means)
-        donor = variance * kept / n_donors
-        terms.append((donor, effects.dof))
-    total = sum(term for term, _ in terms)
-    dof = np.maximum(total, 1e-24) ** 2 / np.maximum(sum(t**2 / d for t, d in terms), 1e-48)
-    return _Law(of_model.mean(0), parameter, donor, sampling, dof)
-
-
-def _table(law: _Law, delta: float, level: float | None) -> pd.DataFrame:
-    """Columns of the result that come from the law."""
-    import pandas as pd
-    from scipy import stats
-
-    nothing = np.full(len(law.mean), np.nan)
-    columns = {
-        "scores": law.mean,
-        "logfoldchanges": law.mean,
-        "pvals": nothing,
-        "pvals_adj": nothing,
-        "lower": nothing,
-        "upper": nothing,
-        "probability": nothing,
-        "std": nothing,
-    }
-    if level is not None:
-        std, dof = law.std, law.dof
-        size = np.abs(law.mean)
-        p = stats.t.sf((size - delta) / std, dof) + stats.t.sf((size + delta) / std, dof)
-        p = np.clip(p, 1e-300, 1)
-        half = stats.t.ppf((1 + level) / 2, dof) * std
-        outside = stats.t.sf((delta - law.mean) / std, dof)
-        outside = outside + stats.t.cdf((-delta - law.mean) / std, dof)
-        columns |= {
-            "scores": law.mean / std,
-            "pvals": p,
-            "pvals_adj": stats.false_discovery_control(p),
-            "lower": law.mean - half,
-            "upper": law.mean + half,
-            "probability": np.minimum(outside, 1),
-            "std": std,
-        }
-    columns["std_parameter"] = np.sqrt(law.parameter)
-    columns["std_donor"] = np.sqrt(law.donor)
-    columns["std_sampling"] = np.sqrt(law.sampling)
-    return pd.DataFrame(columns)
