@@ -225,3 +225,31 @@ def test_a_model_without_donors_is_refused(trained):
         tl.nof1_de(test.copy(), model, groupby="cell_type")
     with pytest.raises(TypeError, match="trained model of exprgen"):
         tl.nof1_de(test.copy(), "model", groupby="cell_type")
+
+
+def test_continuous_values_are_compared_on_their_own_scale():
+    adata = exprgen.datasets.simulate_latent(
+        900, n_vars=40, n_types=2, n_donors=9, donor_sd=0.4, seed=4
+    )
+    sc.pp.normalize_total(adata, target_sum=1e3)
+    sc.pp.log1p(adata)
+    new = adata.obs["donor"] == "donor_8"
+    train, test = adata[~new].copy(), adata[new].copy()
+    test.X = test.X.toarray()
+    roles = {"categorical_condition_keys": ["cell_type"], "donor_key": "donor"}
+    exprgen.CondVAE.setup_anndata(train, **roles)
+    model = exprgen.CondVAE(train, seed=0, n_hidden=32)
+    model.train(12, accelerator="cpu", progress_bar=False)
+    found = tl.nof1_de(test, model, groupby="cell_type", key_added=None, seed=0)
+    assert (found["pvals_adj"] < 0.05).mean() <= 0.03
+    assert found["observed"].between(found["lower"], found["upper"]).mean() > 0.75
+    gene = test.var_names[3]
+    test.X[:, 3] += 2
+    again = tl.nof1_de(test, model, groupby="cell_type", key_added=None, seed=0)
+    for _, of_group in again.groupby("group"):
+        assert of_group.nsmallest(1, "pvals")["names"].item() == gene
+    change = again.set_index(["group", "names"]) - found.set_index(["group", "names"])
+    moved = change["logfoldchanges"].xs(gene, level="names")
+    np.testing.assert_allclose(moved, 2 / np.log(2), rtol=1e-5)
+    with pytest.raises(ValueError, match="library=10000.0 needs a model of counts"):
+        tl.effect(model, {"cell_type": "type_0"}, {"cell_type": "type_1"}, level=None, library=1e4)
