@@ -130,8 +130,8 @@ def check_residuals(y: np.ndarray, predicted: np.ndarray, name: str, *, of_count
     at_least = (y <= y.min(axis=0)).mean()
     if not of_counts and at_least > _MOST_AT_LEAST:
         warnings.warn(
-            f"{at_least:.0%} of the values are their gene's least, which are no residuals around a "
-            "mean: draws have too few of them. Give the counts, or use exprgen.CondVAE or "
+            f"{at_least:.0%} of the values are their gene's least, which are no residuals around "
+            "a mean: draws have too few of them. Give the counts, or use exprgen.CondVAE or "
             "exprgen.ExprFlow.",
             DataQualityWarning,
             stacklevel=5,
