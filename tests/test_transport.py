@@ -73,7 +73,6 @@ RESPONDS = torch.tensor([1.0, 0.0, 0.0])
 
 def _table_model():
     """Types 0 and 1 are close, 2 is far; z moves gene 0, and its mean is the treatment."""
-    features = SimpleNamespace(conditions=lambda c: c)
 
     def decode_at(z, log_depth, c, effect=None):
         kind, treated = c[:, 0].long(), c[:, 1]
@@ -88,7 +87,8 @@ def _table_model():
         return Decoded(location, location[:, None] / 2)
 
     space = SimpleNamespace(
-        features=features,
+        density_features=lambda c: c,
+        mean=None,
         n_latent=1,
         decode_at=decode_at,
         to_effects=lambda location: location,
@@ -105,7 +105,7 @@ def test_a_planted_interaction_is_borrowed_from_the_like_and_the_main_effect_fro
     c = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     new_c = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
     y = torch.tensor([[0.3], [-0.2], [0.9]])
-    location, extra = decoder_under(_table_model(), c, new_c, seen)(y, None)
+    location, extra = decoder_under(_table_model(), c, c, new_c, seen)(y, None)
     # Of squared distance (.1² / 3) and (4.9² / 3): all but 2e-7 is type 0's.
     borrowed = INTERACTION * (1 - 1 / (1 + 49.0**4))
     expected = torch.tensor(
@@ -124,7 +124,7 @@ def test_a_combination_far_from_all_gets_their_average_response(monkeypatch):
     seen = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [2, 0]])
     c, new_c = torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 1.0]])
     monkeypatch.setitem(globals(), "RESPONDS", torch.tensor([1.0, 0.0, 5.0]))
-    location, _ = decoder_under(_table_model(), c, new_c, seen)(torch.zeros(1, 1), None)
+    location, _ = decoder_under(_table_model(), c, c, new_c, seen)(torch.zeros(1, 1), None)
     torch.testing.assert_close(location, torch.tensor([[6.0, MAIN, INTERACTION / 2]]))
 
 

@@ -45,6 +45,9 @@ _MOST_POOLED = 1_000_000
 class ResidualLaw(Rectified):
     """Residuals around a known mean; location = mean score, further heads the mean and log scale.
 
+    A third head, if there is one, is the share of the noise that is left: 0 where the location is
+    the score of a cell's own value.
+
     Parameters
     ----------
     n_vars
@@ -111,7 +114,7 @@ class ResidualLaw(Rectified):
         """Exact; nats per cell: a probability at the bound, a density above it."""
         extra = _heads(extra)
         score, slope, at_bound = self.standardised(x, extra)
-        sd = self.sd.to(location)
+        sd = self._noise(extra)
         white = (score - location) / sd
         log_width = sd.log() + slope.log() + extra[:, 1]
         density = -0.5 * white.square() - 0.5 * math.log(2 * math.pi) - log_width
@@ -120,8 +123,9 @@ class ResidualLaw(Rectified):
 
     def draw(self, location: Tensor, generator: Generator, extra: Tensor | None = None) -> Tensor:
         """Values as float32, on the CPU."""
+        heads = _heads(extra)
         noise = torch.randn(location.shape, generator=generator).to(location)
-        return self._values(location + self.sd * noise, _heads(extra)).float().cpu()
+        return self._values(location + self._noise(heads) * noise, heads).float().cpu()
 
     def mean(self, location: Tensor, extra: Tensor | None = None) -> Tensor:
         """Of the clipped value, by quadrature over the noise, in units of the layer."""
@@ -142,12 +146,17 @@ class ResidualLaw(Rectified):
 
     def _quadrature(self, location: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
         nodes, weights = np.polynomial.hermite_e.hermegauss(_N_NODES)
-        sd = self.sd.to(location)
+        sd = self._noise(extra)
         values = [self._values(location + sd * node, extra) for node in nodes.tolist()]
         weights = (weights / weights.sum()).tolist()
         mean = sum(w * v for w, v in zip(weights, values, strict=True))
         square = sum(w * (v - mean).square() for w, v in zip(weights, values, strict=True))
         return mean, square
+
+    def _noise(self, extra: Tensor) -> Tensor:
+        """Standard deviations of scores given a cell's state, ``(n_vars,)`` or of every value."""
+        sd = self.sd.to(extra)
+        return sd * extra[:, 2] if extra.shape[1] > 2 else sd
 
     def _values(self, u: Tensor, extra: Tensor) -> Tensor:
         values = extra[:, 0] + extra[:, 1].exp() * self.value(u)

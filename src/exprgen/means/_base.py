@@ -22,6 +22,10 @@ class Mean(ABC):
     came_fitted: bool = False
     """Whether it is never fitted here, so that its out-of-sample predictions have to be given."""
 
+    var_names: list[str] | None = None
+    """Genes that are predicted, in their order, where a model has said so: of DataFrames that a
+    user's predictor returns, columns are put in this order."""
+
     @property
     @abstractmethod
     def name(self) -> str:

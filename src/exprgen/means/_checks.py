@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,16 @@ import pandas as pd
 from exprgen._arguments import check_positive_int
 from exprgen._errors import CovariateError, name_some
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = [
     "check_groups",
     "check_training",
     "check_values",
     "fold_numbers",
     "left_out_units",
+    "naming",
     "read_prediction",
 ]
 
@@ -93,7 +98,45 @@ def check_values(values: Any, what: str, n_obs: int, n_vars: int | None = None) 
     return array
 
 
-def read_prediction(values: Any, table: pd.DataFrame, n_vars: int | None, what: str) -> np.ndarray:
+@contextmanager
+def naming(name: str, table: pd.DataFrame) -> Iterator[None]:
+    """Say with whatever a user's predictor raises that it was that, and what it was given."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"mean={name!r} was given the columns {list(table.columns)}.")
+        raise
+
+
+def _in_order(values: Any, var_names: list[str] | None, what: str) -> Any:
+    """A DataFrame with its columns in the order of the genes; all else as it is.
+
+    Raises
+    ------
+    ValueError
+        If its columns have names of their own, which are not the genes'.
+    """
+    if not isinstance(values, pd.DataFrame) or var_names is None:
+        return values
+    columns = values.columns
+    if columns.equals(pd.RangeIndex(len(columns))):
+        return values
+    if len(columns) != len(var_names) or set(columns) != set(var_names):
+        raise ValueError(
+            f"{what}: its {len(columns)} columns are not the genes of the model "
+            f"({name_some(columns, 3)}, not {name_some(var_names, 3)}). Name them so, or give an "
+            "array in the order of the model's genes."
+        )
+    return values[list(var_names)]
+
+
+def read_prediction(
+    values: Any,
+    table: pd.DataFrame,
+    n_vars: int | None,
+    what: str,
+    var_names: list[str] | None = None,
+) -> np.ndarray:
     """Return what a user's predictor says of a table, ``(n_obs, n_vars)``, float64, finite.
 
     Arrays, tensors, sparse matrices and DataFrames will do; with one gene also one number per row.
@@ -107,6 +150,7 @@ def read_prediction(values: Any, table: pd.DataFrame, n_vars: int | None, what: 
         values.index.equals(table.index) or values.index.equals(pd.RangeIndex(len(table)))
     ):
         raise ValueError(f"{what} must be in the order of the table's rows; its index differs.")
+    values = _in_order(values, var_names, what)
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     if n_vars == 1 and np.shape(values) == (len(table),):

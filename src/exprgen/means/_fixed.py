@@ -14,7 +14,13 @@ import torch
 from exprgen._arguments import check_positive_int
 from exprgen._errors import name_some
 from exprgen.means._base import Mean
-from exprgen.means._checks import check_table, check_training, check_values, read_prediction
+from exprgen.means._checks import (
+    check_table,
+    check_training,
+    check_values,
+    naming,
+    read_prediction,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -132,7 +138,9 @@ class CallableMean(FixedMean):
         """Call the function, ``(n_obs, n_vars)``. See :meth:`Mean.predict`."""
         check_table(table)
         what = f"What {self.name} returns"
-        return read_prediction(self.function(table.copy()), table, self._n_vars, what)
+        with naming(self.name, table):
+            values = self.function(table.copy())
+        return read_prediction(values, table, self._n_vars, what, self.var_names)
 
 
 class TorchMean(FixedMean):
@@ -184,7 +192,8 @@ class TorchMean(FixedMean):
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """Run the module, ``(n_obs, n_vars)``. See :meth:`Mean.predict`."""
         check_table(table)
-        inputs = self._encode(table)
+        with naming(self.name, table):
+            inputs = self._encode(table)
         modes = {part: part.training for part in self.module.modules()}
         self.module.eval()
         try:

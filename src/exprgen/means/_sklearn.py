@@ -20,6 +20,7 @@ from exprgen.means._checks import (
     check_table,
     check_training,
     fold_numbers,
+    naming,
     read_prediction,
 )
 from exprgen.means._encoding import Encoding
@@ -249,7 +250,9 @@ class SklearnMean(Mean):
             inputs = table[list(names)]
         elif hasattr(fitted, "n_features_in_"):
             inputs = table.to_numpy()  # it was fitted to an array, and warns of names
-        return read_prediction(fitted.predict(inputs), table, n_vars, f"What {self.name} predicts")
+        with naming(self.name, table):
+            values = fitted.predict(inputs)
+        return read_prediction(values, table, n_vars, f"What {self.name} predicts", self.var_names)
 
 
 def _check_regressor(regressor: Any) -> None:

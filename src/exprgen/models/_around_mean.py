@@ -19,6 +19,7 @@ from exprgen.models._base import GenerativeModel
 from exprgen.models._cells import GeneReader
 from exprgen.models._means import (
     CodesWithMean,
+    check_residuals,
     distinct_rows,
     inputs_of,
     restored_mean,
@@ -53,16 +54,26 @@ class AroundMean(GenerativeModel):
 
     # Training ------------------------------------------------------------------------------
 
+    def _fitted_rows(self, train_idx: np.ndarray, val_idx: np.ndarray) -> np.ndarray:
+        """Of residuals all cells: each is left out of what predicts it, and samples are few."""
+        return train_idx if self.needs_counts else np.sort(np.r_[train_idx, val_idx])
+
     def _with_training_means(
-        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray
+        self, dataset: CellDataset, fitted: np.ndarray, val_idx: np.ndarray
     ) -> CellDataset:
-        """Fit the mean to the training cells; give each the prediction that never saw it."""
+        """Fit the mean to some cells; give each the prediction that never saw it."""
+        if len(fitted) < 2:
+            raise ValueError(
+                f"{len(fitted)} training cell is left by train_size or split_key; a mean and "
+                "what is left of it need at least 2."
+            )
         adata = self._readable(self.adata)
         table, embedding = self.schema.parse(adata, argument="adata")
         inputs = inputs_of(self.schema, table, embedding)
         y = self._targets(dataset)
         groups = self._groups(table)
         mean, variance = copy(self.mean), None
+        mean.var_names = list(self.var_names)
         if mean.came_fitted:
             # What was predicted elsewhere is in the order of all registered cells.
             left_out = mean.out_of_sample(inputs, y)
@@ -70,9 +81,9 @@ class AroundMean(GenerativeModel):
             means = left_out if isinstance(mean, PrecomputedMean) else mean.predict(inputs)
         else:
             # Labels that only validation cells have are known, by a weight of 0.
-            rows = np.sort(np.r_[train_idx, val_idx])
-            weights = np.isin(rows, train_idx).astype(float)
-            of_rows, of_train = (None if groups is None else groups[i] for i in (rows, train_idx))
+            rows = np.union1d(fitted, val_idx)
+            weights = np.isin(rows, fitted).astype(float)
+            of_rows, of_fitted = (None if groups is None else groups[i] for i in (rows, fitted))
             mean.fit(inputs.iloc[rows], y[rows], weights, groups=of_rows, seed=self.seed_)
             means = np.zeros_like(y)
             with warnings.catch_warnings():
@@ -83,16 +94,17 @@ class AroundMean(GenerativeModel):
                 variance = np.zeros_like(y)
                 variance[rows] = left_open
             left_out = means.copy()
-            left_out[train_idx] = mean.out_of_sample(
-                inputs.iloc[train_idx],
-                y[train_idx],
-                of_train,
+            left_out[fitted] = mean.out_of_sample(
+                inputs.iloc[fitted],
+                y[fitted],
+                of_fitted,
                 n_folds=self._n_folds,
                 seed=self.seed_,
             )
+        check_residuals(y[fitted], left_out[fitted], mean.name, of_counts=self.needs_counts)
         self.mean = mean
-        self.mean_state_ = state_of(mean, inputs.iloc[train_idx])
-        self._known_mean.fit(means[train_idx])
+        self.mean_state_ = state_of(mean, inputs.iloc[fitted])
+        self._known_mean.fit(means[fitted])
         known = self._known_mean.columns(means, variance, left_out)
         codes = CodesWithMean(dataset.conditions, known, np.arange(len(known)))
         return CellDataset(dataset.reader, codes, dataset.library)
@@ -196,5 +208,7 @@ class AroundMean(GenerativeModel):
 
     def _restore(self, attributes: Mapping[str, Any]) -> None:
         super()._restore(attributes)
+        if self.is_trained_ and "kind" not in self.mean_state_:
+            raise KeyError("mean_state_ has no predictor")
         if self.mean_state_.get("kind", "code") != "code":
             self.mean = restored_mean(self.mean_state_, None)

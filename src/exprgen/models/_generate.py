@@ -159,7 +159,9 @@ class GenerateMixin(ModelCore):
 
         In gene space the path is followed instead, back to noise under the cell's own conditions
         and forth under the others: what is held is the cell's place in the whole law of its
-        condition. That takes some eighty evaluations of the network for every draw.
+        condition. That takes some eighty evaluations of the network for every draw. Around a
+        predictor's mean of continuous values each gene keeps its place in the law of its
+        residuals, and nothing is drawn.
 
         Parameters
         ----------
@@ -207,7 +209,7 @@ class GenerateMixin(ModelCore):
             x, c, library = cells.tensors(part, self._device)
             new_c = torch.from_numpy(query.codes[part]).to(self._device)
             centre, sd = space.encode(x, c, library)
-            decode = decoder_under(self.module, c, new_c, seen)
+            decode = decoder_under(self.module, x, c, new_c, seen)
             moments = Moments()
             for _ in range(n_samples):
                 y = space.draw(centre, sd, noise)

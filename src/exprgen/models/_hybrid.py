@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HybridResidualModel"]
 
+# The first is the default.
 _OF_COUNTS = ("mixture", "gaussian", "flow", "path")
 _OF_RESIDUALS = ("path", "low_rank", "gaussian")
 _OF_AUTOENCODER = (
@@ -124,7 +125,7 @@ class HybridResidualModel(AroundMean):
             self.mean = copy(
                 as_mean(
                     mean,
-                    layers=self._readable(adata).layers,
+                    layers=self._home(adata).layers,
                     out_of_sample=out_of_sample,
                     categorical_keys=self.schema.categorical_keys,
                 )
@@ -133,10 +134,10 @@ class HybridResidualModel(AroundMean):
         if not self.needs_counts:
             why = f"{type(self).__name__} models residuals of them without an autoencoder."
             refuse_useless(type(self), said, _OF_AUTOENCODER, why)
-            density = _arguments.check_choice(density or "path", "density", _OF_RESIDUALS)
+            density = _density(density, _OF_RESIDUALS, "continuous values")
             build_residual_module(self, n_latent, density, path)
             return
-        density = _arguments.check_choice(density or "mixture", "density", _OF_COUNTS)
+        density = _density(density, _OF_COUNTS, "counts")
         prior: Any = "mixture" if density == "path" else density
         build_module(
             self,
@@ -185,6 +186,24 @@ class HybridResidualModel(AroundMean):
         with self._around_mean(mean):
             return super().predict(*args, **kwargs)
 
+    def counterfactual(self, *args: Any, mean: Any = None, **kwargs: Any) -> AnnData:
+        """The same cells under other conditions, as new cells.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            See :meth:`NBVAE.counterfactual`.
+        mean
+            What the predictor says of every cell under the changed conditions, as in
+            :meth:`sample`.
+
+        Returns
+        -------
+        As :meth:`NBVAE.counterfactual`.
+        """
+        with self._around_mean(mean):
+            return super().counterfactual(*args, **kwargs)
+
     # Files ---------------------------------------------------------------------------------
 
     @classmethod
@@ -212,3 +231,15 @@ class HybridResidualModel(AroundMean):
             given = None if mean is None else as_mean(mean)
             model.mean = restored_mean(model.mean_state_, given)
         return model
+
+
+def _density(density: str | None, choices: tuple[str, ...], kind: str) -> Any:
+    """What was chosen, or the default."""
+    if density is None:
+        return choices[0]
+    if density not in choices:
+        raise ValueError(
+            f"density must be one of {list(choices)} of {kind}, which the layer was read as; got "
+            f"{density!r}."
+        )
+    return density

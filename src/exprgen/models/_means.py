@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from exprgen._errors import CheckpointError
+from exprgen._errors import CheckpointError, DataQualityWarning
 from exprgen.means import from_state
 
 if TYPE_CHECKING:
     from exprgen._conditions import ConditionSchema
     from exprgen.means import Mean
 
-__all__ = ["CodesWithMean", "distinct_rows", "inputs_of", "restored_mean", "state_of"]
+__all__ = [
+    "CodesWithMean",
+    "check_residuals",
+    "distinct_rows",
+    "inputs_of",
+    "restored_mean",
+    "state_of",
+]
 
 # Relative to the largest of the values that are compared.
 _ROUNDING = 1e-3
+_MOST_PROBED = 50
+# Errors in standard deviations of the median gene.
+_LEAST_ERROR, _LARGEST_ERROR, _LARGEST_BIAS = 1e-6, 1.5, 0.3
+_ENOUGH = 20
+_MOST_AT_LEAST = 0.5
+# Beyond the largest logarithm of the data; times e² no predictor means.
+_BEYOND = 2.0
 
 
 class CodesWithMean:
@@ -55,12 +70,16 @@ class CodesWithMean:
 def inputs_of(
     schema: ConditionSchema, table: pd.DataFrame, embedding: np.ndarray | None
 ) -> pd.DataFrame:
-    """What a predictor reads: raw columns of conditions, and one column per embedding dimension.
+    """What a predictor reads: columns of conditions, and one column per embedding dimension.
 
+    Labels are categoricals of all labels that the model knows.
     Batch and donor are not among them: new ones have no column of their own.
     """
-    keys = schema.categorical_keys + schema.continuous_keys
-    inputs = table[keys].reset_index(drop=True)
+    inputs = table[schema.categorical_keys + schema.continuous_keys].reset_index(drop=True)
+    # The same type in training and in every verb, whatever a caller's column is of.
+    for part in schema.labels:
+        values = inputs[part.key].astype(object)
+        inputs[part.key] = pd.Categorical(values, categories=list(part.labels))
     if embedding is None:
         return inputs
     names = [f"{schema.embedding_key}_{i}" for i in range(embedding.shape[1])]
@@ -78,10 +97,70 @@ def distinct_rows(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return first, row.ravel()
 
 
+def check_residuals(y: np.ndarray, predicted: np.ndarray, name: str, *, of_counts: bool) -> None:
+    """Refuse or doubt out-of-sample predictions that cannot be what they are said to be.
+
+    Parameters
+    ----------
+    y, predicted
+        Of the training cells, ``(n_obs, n_vars)``.
+    name
+        Of the predictor.
+    of_counts
+        Whether both are logarithms of counts, which are mostly 0.
+
+    Raises
+    ------
+    ValueError
+        If they are the data themselves, or no such logarithms.
+
+    Warns
+    -----
+    DataQualityWarning
+        If they are further off than the mean of the data is, or off on average.
+    """
+    if of_counts and predicted.max() > y.max() + _BEYOND:
+        raise ValueError(
+            f"mean={name!r} predicts values up to {predicted.max():.3g}, where the data reach "
+            f"{y.max():.3g}. Of counts it must be log(1 + counts per ten thousand), as scanpy's "
+            "normalize_total and log1p make it; with a size factor, log(1 + counts per average "
+            "size factor)."
+        )
+    residuals, spread = y - predicted, y.std(axis=0)
+    at_least = (y <= y.min(axis=0)).mean()
+    if not of_counts and at_least > _MOST_AT_LEAST:
+        warnings.warn(
+            f"{at_least:.0%} of the values are their gene's least, which are no residuals around "
+            "a mean: draws have too few of them. Give the counts, or use exprgen.CondVAE or "
+            "exprgen.ExprFlow.",
+            DataQualityWarning,
+            stacklevel=5,
+        )
+    varies = spread > 0
+    if not varies.any():
+        return
+    error = np.sqrt((residuals**2).mean(axis=0))[varies] / spread[varies]
+    if np.median(error) < _LEAST_ERROR:
+        raise ValueError(
+            f"mean={name!r} predicts the data themselves, to {np.median(error):.1g} of their "
+            "spread. The model needs predictions that never saw the cell they are of."
+        )
+    bias = np.median(np.abs(residuals.mean(axis=0))[varies] / spread[varies])
+    if np.median(error) > _LARGEST_ERROR or (bias > _LARGEST_BIAS and len(y) >= _ENOUGH):
+        warnings.warn(
+            f"mean={name!r} is off by {np.median(error):.2g} standard deviations of the median "
+            f"gene, {bias:.2g} on average: the mean of all cells would be off by 1 and 0. Is it "
+            "on the scale of the layer (log, base, normalisation)? What it is off by on average "
+            "stays in the mean of what is drawn.",
+            DataQualityWarning,
+            stacklevel=5,
+        )
+
+
 def state_of(mean: Mean, inputs: pd.DataFrame) -> dict[str, Any]:
     """What a file keeps of a predictor: what it learned, or what it is called.
 
-    With it goes what it predicts of a typical condition, to know it by.
+    With it goes what it predicts of some conditions, to know it by.
     """
     try:
         state = mean.state()
@@ -90,12 +169,23 @@ def state_of(mean: Mean, inputs: pd.DataFrame) -> dict[str, Any]:
     state = {**state, "name": mean.name}
     if state["kind"] == "precomputed":
         return state
-    typical = {
-        key: [values.median() if values.dtype.kind in "fiu" else values.mode()[0]]
-        for key, values in inputs.items()
-    }
-    probe = pd.DataFrame(typical, index=pd.RangeIndex(1))
+    probe = _probe(inputs)
     return {**state, "probe": probe, "predicted": mean.predict(probe)}
+
+
+def _probe(inputs: pd.DataFrame) -> pd.DataFrame:
+    """Every label once, some numbers between: conditions to know a predictor by, no cell's own."""
+    labels = [key for key in inputs if isinstance(inputs[key].dtype, pd.CategoricalDtype)]
+    some = inputs[labels].drop_duplicates()
+    kept = np.zeros(len(some), bool)
+    for key in labels:
+        kept |= ~some[key].duplicated().to_numpy()
+    probe = inputs.loc[some.index[kept][:_MOST_PROBED] if labels else inputs.index[:3]]
+    probe = probe.reset_index(drop=True)
+    for key in inputs.columns.difference(labels):
+        middle = inputs[key].quantile([0.25, 0.5, 0.75]).to_numpy()
+        probe[key] = middle[np.arange(len(probe)) % 3]
+    return probe
 
 
 def restored_mean(state: dict[str, Any], given: Mean | None) -> Mean:
@@ -119,16 +209,22 @@ def restored_mean(state: dict[str, Any], given: Mean | None) -> Mean:
     mean = from_state(state) if given is None else given
     if kind == "precomputed":
         return mean
-    predicted, expected = mean.predict(state["probe"]), np.asarray(state["predicted"])
+    try:
+        predicted = mean.predict(state["probe"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"mean={mean.name} is not fitted. Give the predictor that the model was trained with, "
+            "model.mean.fitted of a scikit-learn regressor."
+        ) from error
+    expected = np.asarray(state["predicted"])
     if predicted.shape != expected.shape:
-        differs = f"for {predicted.shape[1]} genes, not {expected.shape[1]}"
+        differs = f"in shape, {predicted.shape}, not {expected.shape}"
     else:
         difference = np.abs(predicted - expected).max(initial=0)
         if difference <= _ROUNDING * np.abs(expected).max(initial=1e-12):
             return mean
         differs = f"by up to {difference:.3g}"
-    conditions = state["probe"].iloc[0].to_dict()
-    message = f"{mean.name} does not predict of {conditions} what it did when trained: {differs}."
+    message = f"{mean.name} does not predict what it did when trained: it differs {differs}."
     if given is not None:
         raise ValueError(f"mean is another predictor than the model was trained with. {message}")
     raise CheckpointError(message)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from exprgen.train import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lightning.pytorch import Callback
 
@@ -148,9 +150,10 @@ class TrainMixin(ModelCore):
                     if taken_over
                     else "a model of continuous values in gene space has no autoencoder"
                 )
-                raise ValueError(
-                    f"{', '.join(useless)}: {why}. What is left to train takes density_kwargs."
-                )
+                left = "What is left to train takes density_kwargs."
+                if not self.module.has_density_stage:
+                    left = "All of this one is fitted in closed form."
+                raise ValueError(f"{', '.join(useless)}: {why}. {left}")
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = checked_trainer(trainer_kwargs)
         dataset, keys = self._training_cells()
@@ -158,7 +161,8 @@ class TrainMixin(ModelCore):
             train_idx, val_idx = self._split_taken_over(keys)
         else:
             train_idx, val_idx = self._split(train_size, validation_size, split_key)
-        if early_stopping and len(val_idx) == 0:
+        learns = self.module.space.is_learned or self.module.has_density_stage
+        if early_stopping and learns and len(val_idx) == 0:
             cause = f"train_size={train_size}" if split_key is None else f"split_key={split_key!r}"
             raise ValueError(
                 f"early_stopping=True needs validation cells, but {cause} leaves none. Leave "
@@ -169,62 +173,81 @@ class TrainMixin(ModelCore):
         elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
-        dataset = self._with_training_means(dataset, train_idx, val_idx)
-        data = CellDataModule(dataset, train_idx, val_idx, batch_size)
-        module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
-        # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
-        clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
-        runner_kwargs = {
-            "accelerator": accelerator,
-            "devices": devices,
-            "early_stopping": early_stopping,
-            "enable_progress_bar": progress_bar,
-            "log_every_n_steps": 1,
-            "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", clip),
-            **trainer_kwargs,
-        }
-        finish = partial(self._finish, data, keys)
-        with isolated(self.seed_), quiet_lightning():
-            # In gene space nothing is learned but of these cells, and the density of their scores.
-            if not (module.initialized and module.space.is_learned):
-                module.space.initialize(data_moments(dataset, train_idx, module.space))
-                module.initialized.fill_(True)
-            has_autoencoder = not taken_over and module.space.is_learned
-            if has_autoencoder:
-                self._run_stage(
-                    GenerativeTrainingPlan(
-                        module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
-                    ),
-                    data,
-                    max_epochs,
-                    patience=early_stopping_patience or max_epochs,
-                    callbacks=callbacks,
-                    finish=finish,
-                    **runner_kwargs,
-                )
-            if not (has_autoencoder or module.has_density_stage):
-                # All of it is in closed form.
-                self.history_, self.is_trained_ = {}, True
-                module.eval()
-            if module.has_density_stage:
-                first = {}
+        with self._all_or_nothing():
+            fitted = self._fitted_rows(train_idx, val_idx)
+            dataset = self._with_training_means(dataset, fitted, val_idx)
+            data = CellDataModule(dataset, train_idx, val_idx, batch_size)
+            module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
+            # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
+            clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
+            runner_kwargs = {
+                "accelerator": accelerator,
+                "devices": devices,
+                "early_stopping": early_stopping,
+                "enable_progress_bar": progress_bar,
+                "log_every_n_steps": 1,
+                "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", clip),
+                **trainer_kwargs,
+            }
+            finish = partial(self._finish, data, keys, fitted)
+            with isolated(self.seed_), quiet_lightning():
+                # In gene space nothing is learned but of these cells, and the density of scores.
+                if not (module.initialized and module.space.is_learned):
+                    module.space.initialize(data_moments(dataset, fitted, module.space))
+                    module.initialized.fill_(True)
+                has_autoencoder = not taken_over and module.space.is_learned
                 if has_autoencoder:
-                    # What density there is belongs to the space as it was before.
-                    first, self.is_trained_ = self.history_ or {}, False
-                self._train_density(
-                    EncodedDataset(dataset, module.space, self._device),
-                    train_idx,
-                    val_idx,
-                    density_kwargs,
-                    callbacks=callbacks,
-                    finish=finish,
-                    **runner_kwargs,
-                )
-                self.history_ = {**first, **(self.history_ or {})}
-        finish()
+                    self._run_stage(
+                        GenerativeTrainingPlan(
+                            module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
+                        ),
+                        data,
+                        max_epochs,
+                        patience=early_stopping_patience or max_epochs,
+                        callbacks=callbacks,
+                        finish=finish,
+                        **runner_kwargs,
+                    )
+                if not (has_autoencoder or module.has_density_stage):
+                    # All of it is in closed form.
+                    self.history_, self.is_trained_ = {}, True
+                    module.eval()
+                if module.has_density_stage:
+                    first = {}
+                    if has_autoencoder:
+                        # What density there is belongs to the space as it was before.
+                        first, self.is_trained_ = self.history_ or {}, False
+                    self._train_density(
+                        EncodedDataset(dataset, module.space, self._device),
+                        train_idx,
+                        val_idx,
+                        density_kwargs,
+                        callbacks=callbacks,
+                        finish=finish,
+                        **runner_kwargs,
+                    )
+                    self.history_ = {**first, **(self.history_ or {})}
+            finish()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Inside, a model that was trained before is what it was, until it is trained anew."""
+        names = [name for name in ("history_", "mean", "mean_state_") if hasattr(self, name)]
+        before = {name: getattr(self, name) for name in names}
+        weights = deepcopy(self.module.state_dict()) if self.is_trained_ else None
+        self._has_finished = False
+        try:
+            yield
+        except BaseException:
+            if weights is not None and not self._has_finished:
+                self.module.load_state_dict(weights)
+                self.module.eval()
+                for name, value in {**before, "is_trained_": True}.items():
+                    setattr(self, name, value)
+            raise
 
     def _with_training_means(
-        self, dataset: CellDataset, train_idx: np.ndarray, val_idx: np.ndarray
+        self, dataset: CellDataset, fitted: np.ndarray, val_idx: np.ndarray
     ) -> CellDataset:
         """The cells, with what is known of their mean where a model has a predictor."""
         return dataset
@@ -310,9 +333,12 @@ class TrainMixin(ModelCore):
         """Refuse what the second stage cannot be trained with, or any if there is none."""
         if not self.module.has_density_stage:
             if kwargs:
+                where = "is trained in one, see plan_kwargs"
+                if not self.module.space.is_learned:
+                    where = "of this density is fitted in closed form"
                 raise TypeError(
-                    f"density_kwargs is for models with a second stage; {type(self).__name__} is "
-                    "trained in one, see plan_kwargs."
+                    "density_kwargs is for models with a second stage; "
+                    f"{type(self).__name__} {where}."
                 )
             return {}
         sizes = ("max_epochs", "batch_size")
@@ -323,12 +349,18 @@ class TrainMixin(ModelCore):
         check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
         return {name: value for name, value in kwargs.items() if value is not None}
 
-    def _finish(self, data: CellDataModule, keys: np.ndarray) -> None:
+    def _fitted_rows(self, train_idx: np.ndarray, val_idx: np.ndarray) -> np.ndarray:
+        """Row numbers of the cells that a space and a mean are fitted to."""
+        return train_idx
+
+    def _finish(self, data: CellDataModule, keys: np.ndarray, fitted: np.ndarray) -> None:
         """Record which cells were used, and what they were."""
-        self.train_indices_, self.validation_indices_ = data.train_idx, data.val_idx
+        self._has_finished = True
+        validation = np.setdiff1d(data.val_idx, fitted)
+        self.train_indices_, self.validation_indices_ = fitted, validation
         self.test_indices_ = data.test_idx
-        self.cell_keys_ = {"train": keys[data.train_idx], "validation": keys[data.val_idx]}
-        self._observe(data.train_idx)
+        self.cell_keys_ = {"train": keys[fitted], "validation": keys[validation]}
+        self._observe(fitted)
 
     def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
         """All registered cells, checked to be what setup saw, and their keys."""

@@ -69,7 +69,7 @@ def stand_ins(seen: np.ndarray, old: np.ndarray, new: np.ndarray) -> list[np.nda
 
 
 def decoder_under(
-    module: ExpressionModule, c: Tensor, new_c: Tensor, seen: np.ndarray
+    module: ExpressionModule, x: Tensor, c: Tensor, new_c: Tensor, seen: np.ndarray
 ) -> Callable[[Tensor, Tensor | None], Decoded]:
     """What y and log depth of cells with conditions c mean under others.
 
@@ -77,8 +77,10 @@ def decoder_under(
     ----------
     module
         Of a trained model.
+    x
+        Cells' expression, ``(n_obs, n_vars)``.
     c, new_c
-        Encoded conditions of the same cells, ``(n_obs, width)``.
+        Their encoded conditions and others, ``(n_obs, width)``.
     seen
         As for :func:`stand_ins`.
 
@@ -91,11 +93,11 @@ def decoder_under(
     if isinstance(space, GeneSpace) and isinstance(density, Path):
         # The path knows no means; what it makes of labels not seen together is the network's.
         return lambda y, _: space.decode(density.transport(y, old, new), new_c)
-    effect = space.known_effect(new_c)
     if isinstance(space, ResidualSpace):
-        # The predictor says what changes; a cell keeps its factors.
-        return lambda y, _: space.decode(y, new_c, effect)
-    latent = cast("Autoencoder", space)
+        # The predictor says what changes; a cell keeps its place in the law of its residuals.
+        held = space.held(x, c, new_c)
+        return lambda y, _: held
+    latent, effect = cast("Autoencoder", space), space.known_effect(new_c)
     prior = module.autoencoder_prior
     shift = prior.mean(new) - prior.mean(old)
     # What a predictor says of combinations never seen is in its mean.

@@ -43,8 +43,8 @@ _N_PARTS = 5
 _NO_BOUND = -1e30
 # What is left of a variance at least when that by the predictor's parameters is taken off.
 _LEAST_SHARE = 0.2
-# Log scales that conditions far from training cannot exceed, relative to those in it.
-_BEYOND = math.log(10)
+# How much wider than anywhere in training a scale may be far from it; never narrower.
+_BEYOND = math.log(3)
 
 
 class ResidualSpace(GaussianPosterior):
@@ -104,7 +104,7 @@ class ResidualSpace(GaussianPosterior):
             coefficients, _ = fit_log_scale(features, residuals * np.sqrt(share), rng)
         self.log_scale.copy_(torch.from_numpy(coefficients))
         fitted = features @ coefficients
-        self.reach[0] = torch.from_numpy(fitted.min(axis=0) - _BEYOND)
+        self.reach[0] = torch.from_numpy(fitted.min(axis=0))
         self.reach[1] = torch.from_numpy(fitted.max(axis=0) + _BEYOND)
         standardised = residuals * np.exp(-log_scale)
         self.likelihood.fit(standardised)
@@ -144,7 +144,9 @@ class ResidualSpace(GaussianPosterior):
     def parameter_share(self, c: Tensor) -> Tensor | None:
         """Share of each value's variance that the predictor's parameters leave, if it knows."""
         variance = self.mean.variance(c)
-        return None if variance is None else variance * (-2 * self._heads(c)[:, 1]).exp()
+        if variance is None:
+            return None
+        return (variance * (-2 * self._heads(c)[:, 1]).exp()).clamp(max=1)
 
     def encode(self, x: Tensor, c: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(f | x, c), both ``(n_obs, n_latent)``; ``library`` is not used.
@@ -160,9 +162,7 @@ class ResidualSpace(GaussianPosterior):
         library
             Part of every space's signature.
         """
-        score, _, at_bound = self.likelihood.standardised(x, self._heads(c))
-        below = -normal_density(score) / torch.special.ndtr(score).clamp(min=1e-12)
-        score = torch.where(at_bound, torch.maximum(below, score - 1), score)
+        score = self._scores(x, c)
         effect = self.known_effect(c)
         if effect is not None:
             score = score - effect
@@ -170,6 +170,17 @@ class ResidualSpace(GaussianPosterior):
         precision = 1 + (weighted * self.loadings).sum(0)
         mean = (score @ weighted) / precision
         return mean, precision.rsqrt().expand_as(mean)
+
+    def _scores(self, x: Tensor, c: Tensor) -> Tensor:
+        """Scores of values, ``(n_obs, n_vars)``; at the bound the mean of those below its own."""
+        score, _, at_bound = self.likelihood.standardised(x, self._heads(c))
+        below = -normal_density(score) / torch.special.ndtr(score).clamp(min=1e-12)
+        return torch.where(at_bound, torch.maximum(below, score - 1), score)
+
+    def held(self, x: Tensor, c: Tensor, new_c: Tensor) -> Decoded:
+        """What values under conditions c are under others: their scores are held, no noise."""
+        heads = self._heads(new_c)
+        return Decoded(self._scores(x, c), torch.cat([heads, torch.zeros_like(heads[:, :1])], 1))
 
     def decode_at(
         self, z: Tensor, log_depth: Tensor | None, c: Tensor, effect: Tensor | None = None
