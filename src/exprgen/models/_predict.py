@@ -174,7 +174,7 @@ class PredictMixin(ModelCore):
         if donors is None or donors.key not in query.table:
             return []
         labels = query.table[donors.key]
-        return [str(label) for label in labels[donors.lookup(labels) >= 0].unique()]
+        return sorted(map(str, labels[donors.lookup(labels) >= 0].unique()))
 
     def _parameter_share(self, query: Query, row: int) -> Tensor | None:
         """Share of a row's variance that a predictor's parameters leave, ``(n_vars,)``."""

@@ -196,9 +196,9 @@ def warn_of_few(sizes: dict[str, int], alpha: float, unit: str) -> None:
         where = f" of group {name!r}" if name else ""
         more = f" (and those of {len(few) - 1} more groups)" if len(few) > 1 else ""
         warnings.warn(
-            f"{n} calibration {unit}{where}{more} make intervals wide: those for "
-            f"{100 * (1 - alpha):g} % hold {100 * (1 - budget / n):.3g} % of the calibration values, "
-            f"which allows for one more of the {unit}. {enough} {unit} per group would be enough.",
+            f"{n} calibration {unit}{where}{more} make intervals wide: to allow for one more, "
+            f"those for {100 * (1 - alpha):g} % hold {100 * (1 - budget / n):.3g} % of the "
+            f"calibration values. {enough} {unit}{' per group' if name else ''} would be enough.",
             DataQualityWarning,
             stacklevel=3,
         )
