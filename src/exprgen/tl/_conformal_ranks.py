@@ -89,8 +89,7 @@ def conformal_p_values(
             p_values[part] = (1 + above) / (peers.sum() + 1)
     scale = np.sqrt(square / len(calibration))
     scale[scale == 0] = 1
-    scores = ((values / scale).sum(1) for values in (left_out, residual))
-    return Ranked(p_values, *scores, leverage)
+    return Ranked(p_values, (left_out / scale).sum(1), (residual / scale).sum(1), leverage)
 
 
 def _orthonormal(calibration: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

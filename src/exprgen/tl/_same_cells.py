@@ -37,5 +37,4 @@ def repeated_cells(keys: np.ndarray, reader: GeneReader) -> list[int]:
 
 
 def _equal(readers: tuple[GeneReader, GeneReader], i: int, j: int) -> bool:
-    rows = (reader.rows(np.array([k])) for reader, k in zip(readers, (i, j), strict=True))
-    return np.array_equal(*rows)
+    return np.array_equal(readers[0].rows(np.array([i])), readers[1].rows(np.array([j])))
