@@ -98,7 +98,7 @@ def outliers(
         the false discovery rate :cite:p:`benjamini1995`; ``{key}_outlier_score``, in standard
         deviations; the ``{key}_outlier_library`` (of continuous values ``_detected``) that it is
         adjusted for; ``{key}_outlier_outside``, whether it lies so far outside the calibration
-        cells in these that its p-value says nothing; ``{key}_split``. ``uns[key]["outliers"]``
+        cells in these that a large p-value says nothing; ``{key}_split``. ``uns[key]["outliers"]``
         keeps what was ranked, the values of the calibration cells, and the ``smallest_p`` that
         these allow.
     overwrite, copy, progress_bar, seed
@@ -268,7 +268,7 @@ def _warn_of_few(sizes: pd.Series[int]) -> None:
 
 
 def _warn_of_outside(names: pd.Index, technical: list[str], key: str) -> None:
-    """Say of which cells a p-value says nothing, since the adjustment follows them."""
+    """Say of which cells a large p-value says nothing, since the adjustment follows them."""
     if len(names):
         warnings.warn(
             f"{len(names)} cells of adata lie far outside the calibration cells in "
