@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from types import SimpleNamespace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,6 +13,7 @@ import pytest
 from scipy import stats
 
 from exprgen import _slots, tl
+from exprgen._errors import DataQualityWarning
 from exprgen._levels import Law
 from exprgen.metrics import conformal_rank, conformal_threshold, coverage
 from exprgen.tl._predicted import observed, read_predicted
@@ -16,6 +21,7 @@ from exprgen.tl._predicted import observed, read_predicted
 LEVELS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
 MEAN, THETA = np.array([0.03, 0.3, 1.0, 4.0, 20.0]), 2.0
 GENES = [f"g{i}" for i in range(len(MEAN))]
+SET = itertools.count()  # cells and donors of different sets have different names
 
 
 def counts(n, rng):
@@ -24,7 +30,7 @@ def counts(n, rng):
 
 
 def write_predictions(
-    adata, quantiles, std, *, key="exprgen", levels=LEVELS, of="cell", n_cells=0
+    adata, quantiles, std, *, levels=LEVELS, of="cell", n_cells=0, layer="counts", **more
 ):
     """What predict would write; ``quantiles`` are ``(n_levels, n_vars)``, alike for all cells."""
     n = adata.n_obs
@@ -35,7 +41,7 @@ def write_predictions(
     layers |= {
         name: np.repeat(std[None].astype(np.float32), n, axis=0) for name in ("mean", "std")
     }
-    info = {"of": of, "n_cells": n_cells, "quantiles": list(levels)}
+    info = {"of": of, "n_cells": n_cells, "quantiles": list(levels), "layer": layer, **more}
     split = pd.Categorical(["new"] * n, categories=["train", "validation", "new"])
     _slots.write(
         adata,
@@ -52,7 +58,8 @@ def write_predictions(
 
 def predicted(values, *, narrow=1.0, levels=LEVELS, **options):
     """An AnnData of counts, with the quantiles of a law of ``narrow`` times the overdispersion."""
-    obs = pd.DataFrame({"cell_type": "a"}, index=[f"c{i}" for i in range(len(values))])
+    name = next(SET)
+    obs = pd.DataFrame({"cell_type": "a"}, index=[f"c{i}_{name}" for i in range(len(values))])
     adata = ad.AnnData(obs=obs, var=pd.DataFrame(index=GENES))
     adata.layers["counts"] = values.astype(np.float32)
     theta = THETA / narrow
@@ -158,6 +165,7 @@ def test_ranks_of_other_cells_are_not_uniform():
     assert rejected > 0.25
 
 
+@pytest.mark.filterwarnings("ignore:12 calibration cells")
 @pytest.mark.parametrize(("narrow", "n"), [(0.2, 12), (0.2, 60), (4.0, 60)])
 def test_bounds_hold_their_level_over_repeated_sets(narrow, n):
     """The promise at few cells and with a wrong model: at most alpha outside, in expectation."""
@@ -191,9 +199,10 @@ def test_continuous_bounds_cover_their_level_and_little_more():
             )
             adata.layers["log"] = rng.standard_normal((n, 5)) + 0.5 * rng.standard_normal((n, 1))
             quantiles = np.repeat(known.ppf([0.05, 0.95])[:, None], 5, axis=1)
-            sets.append(write_predictions(adata, quantiles, np.full(5, 0.5), levels=(0.05, 0.95)))
+            options = {"levels": (0.05, 0.95), "layer": "log"}
+            sets.append(write_predictions(adata, quantiles, np.full(5, 0.5), **options))
         calibration, adata = sets
-        tl.conformalize(adata, calibration, layer="log", seed=seed)
+        tl.conformalize(adata, calibration, seed=seed)  # of the layer that was modelled
         x = adata.layers["log"]
         inside.append(coverage(adata.layers["exprgen_lower"], adata.layers["exprgen_upper"], x))
     error = np.std(inside) / np.sqrt(len(inside))
@@ -245,8 +254,9 @@ def donors(n_donors, n_cells, rng, *, known=0.1):
     for d in range(n_donors):
         cells = slice(d * n_cells, (d + 1) * n_cells)
         values[cells] = rng.poisson(rng.gamma(THETA, 1 / THETA, (n_cells, 1)) * 10 * effect[d])
-    labels = np.repeat([f"d{d}" for d in range(n_donors)], n_cells)
-    obs = pd.DataFrame({"donor": labels}, index=[f"c{i}" for i in range(len(labels))])
+    name = next(SET)
+    labels = np.repeat([f"d{d}_{name}" for d in range(n_donors)], n_cells)
+    obs = pd.DataFrame({"donor": labels}, index=[f"c{i}_{name}" for i in range(len(labels))])
     adata = ad.AnnData(obs=obs, var=pd.DataFrame(index=GENES))
     adata.layers["counts"] = values.astype(np.float32)
     law = stats.lognorm(known, scale=10)
@@ -282,7 +292,8 @@ def test_intervals_of_means_are_calibrated_on_donors():
 def test_the_unit_is_the_donor_and_its_value_the_mean():
     rng = np.random.default_rng(11)
     calibration, adata = donors(9, 10, rng), donors(4, 10, rng)
-    tl.conformalize(adata, calibration, donor_key="donor", per_gene=False, seed=3)
+    with pytest.warns(DataQualityWarning, match="9 calibration .* hold 100 % .* 39 donors"):
+        tl.conformalize(adata, calibration, donor_key="donor", per_gene=False, seed=3)
     law = read_predicted(calibration[::10].copy(), "exprgen", name="x").law(np.arange(9))
     p = law.tail(means(calibration), np.zeros((9, 5)))  # no ties: the randomisation is idle
     found = adata.uns["exprgen"]["conformalize"]["threshold"]
@@ -305,6 +316,24 @@ def _train(adata, calibration):
     calibration.obs["exprgen_split"] = pd.Categorical(
         ["train"] * 3 + ["new"] * 37, categories=["train", "validation", "new"]
     )
+
+
+def _odd_split(adata, calibration):
+    calibration.obs["exprgen_split"] = ["new"] * 38 + ["test", None]
+
+
+def _same_cells(adata, calibration):
+    calibration.obs_names = [*calibration.obs_names[:35], *adata.obs_names[:5]]
+    calibration.layers["counts"][35:38] = adata.layers["counts"][:3]  # two share but the name
+
+
+def _repeated(adata, calibration):
+    calibration.obs_names = [*calibration.obs_names[:38], *calibration.obs_names[:2]]
+    calibration.layers["counts"][38:] = calibration.layers["counts"][:2]
+
+
+def _numbers(adata, calibration):
+    adata.obs["cell_type"], calibration.obs["cell_type"] = 1, 1.0
 
 
 def _no_split(adata, calibration):
@@ -348,7 +377,11 @@ def _own_layer(adata, calibration):
 
 
 FAULTS = [
-    (_train, {}, ValueError, r"3 of 40 calibration cells were trained on: 'c0', 'c1', 'c2'\."),
+    (_train, {}, ValueError, r"3 of 40 calibration cells were trained on: 'c0_.*', 'c2_\d+'\."),
+    (_odd_split, {}, ValueError, r"one of 'train', 'validation', 'new', got 'test', .* 2 cells"),
+    (_same_cells, {}, ValueError, r"3 cells of adata are in calibration as well: 'c0_"),
+    (_repeated, {}, ValueError, r"2 calibration cells are there more than once: 'c0_"),
+    (_numbers, {"groupby": "cell_type"}, ValueError, r": '1' .* calibration has '1\.0'\."),
     (_no_split, {}, KeyError, "no 'exprgen_split'"),
     (_nan_quantile, {}, ValueError, "calibration's predictions .* not finite, in 'exprgen_q95'"),
     (_nan_own, {}, ValueError, "adata's predictions .* not finite, in 'exprgen_q05'"),
@@ -361,8 +394,9 @@ FAULTS = [
     (_own_layer, {}, ValueError, "names are taken"),
     (None, {"groupby": "celltype"}, KeyError, "no column of adata.obs. Did you mean 'cell_type'"),
     (None, {"key": "other"}, KeyError, "adata has no predictions under key='other'.*'exprgen'"),
-    (None, {"layer": "raw"}, KeyError, "calibration has no layer 'raw'"),
+    (None, {"layer": "raw"}, ValueError, "layer='raw' is not .* predictions are of layer 'count"),
     (None, {"alpha": 0.01}, ValueError, r"at least 99 calibration cells .*all has 40"),
+    (None, {"alpha": 1e-300}, ValueError, r"at least 1e\+300 calibration cells \(.*alpha\.$"),
     (None, {"alpha": 1.5}, ValueError, r"alpha must lie in \(0, 1\), got 1.5"),
     (None, {"per_gene": True}, ValueError, "at least 398 calibration cells .*all has 40"),
     (None, {"per_gene": 1}, TypeError, "per_gene must be True or False"),
@@ -409,6 +443,71 @@ def test_predictions_that_differ_are_refused():
         tl.conformalize(many, donors(9, 12, rng), donor_key="donor")
 
 
+@pytest.mark.parametrize(
+    ("item", "values"),
+    [
+        ("library", ("sampled", 2000.0)),
+        ("unseen", ("error", "null")),
+        ("n_samples", (5, 300)),
+        ("weights", ("5f2c", "9a01")),
+        ("guidance", ([2.0], None)),
+    ],
+)
+def test_predictions_made_in_another_way_are_refused(item, values):
+    rng = np.random.default_rng(14)
+    ours, theirs = ({} if value is None else {item: value} for value in values)
+    adata, calibration = predicted(counts(30, rng), **ours), predicted(counts(40, rng), **theirs)
+    message = rf"with {item}={re.escape(repr(values[0]))}, calibration with .*{values[1]}"
+    with pytest.raises(ValueError, match=message):
+        tl.conformalize(adata, calibration)
+    alike = predicted(counts(40, rng), seed=7, **ours)
+    assert "exprgen_lower" in tl.conformalize(adata, alike).layers
+
+
+@pytest.mark.parametrize("wrong", ["cells.h5ad", None, 3])
+def test_what_is_no_anndata_is_refused(wrong):
+    adata, calibration = sets()
+    with pytest.raises(TypeError, match="adata= wants an AnnData, got"):
+        tl.conformalize(wrong, calibration)
+    with pytest.raises(TypeError, match="calibration= wants an AnnData, got"):
+        tl.conformalize(adata, wrong)
+    with pytest.raises(TypeError, match=r"adata is a MuData, .* mdata\['rna'\]"):
+        tl.conformalize(SimpleNamespace(mod={"atac": ad.AnnData(), "rna": adata}), calibration)
+
+
+def test_few_cells_are_warned_of_and_39_of_a_group_are_enough_for_90_percent():
+    rng = np.random.default_rng(15)
+    calibration, adata = predicted(counts(59, rng)), predicted(counts(20, rng))
+    calibration.obs["cell_type"] = ["a"] * 39 + ["b"] * 20
+    tl.conformalize(adata, calibration, groupby="cell_type")
+    adata.obs["cell_type"] = ["a"] * 10 + ["b"] * 10
+    with pytest.warns(DataQualityWarning, match=r"20 .* of group 'b' .* hold 94.5 % .* 39 cells"):
+        tl.conformalize(adata, calibration, groupby="cell_type")
+
+
+def test_donors_are_new_to_the_model_and_on_one_side():
+    rng = np.random.default_rng(16)
+    adata, calibration = donors(4, 10, rng), donors(9, 10, rng)
+    labels = calibration.obs["donor"].astype(str)
+    calibration.obs["donor"] = labels.where(labels != labels.iloc[0], adata.obs["donor"].iloc[0])
+    with pytest.raises(ValueError, match=r"1 donors of adata are in calibration as well: 'd0_"):
+        tl.conformalize(adata, calibration, donor_key="donor")
+    calibration.obs["donor"] = labels
+    calibration.uns["exprgen"]["predict"]["known_donors"] = np.array([labels.iloc[-1]], object)
+    with pytest.raises(ValueError, match=r"1 calibration donors were trained on: 'd8_"):
+        tl.conformalize(adata, calibration, donor_key="donor")
+
+
+def test_means_of_other_numbers_of_cells_are_warned_of():
+    rng = np.random.default_rng(17)
+    adata, calibration = donors(4, 10, rng), donors(9, 10, rng)
+    tl.conformalize(adata, calibration, donor_key="donor")
+    assert adata.uns["exprgen"]["conformalize"]["cells_per_mean"].tolist() == [10] * 9
+    few = calibration[np.arange(90) % 10 < 4].copy()
+    with pytest.warns(DataQualityWarning, match=r"are of 4 cells .* n_cells=10: .*n_cells=4"):
+        tl.conformalize(adata, few, donor_key="donor")
+
+
 # With a model ------------------------------------------------------------------------------
 
 
@@ -436,7 +535,7 @@ def test_with_a_model_from_layers_and_obsm_through_a_file(tmp_path):
     assert "exprgen_lower" not in test.layers
     assert "conformalize" not in test.uns["exprgen"]
     table = model.predict({"cell_type": ["type_1", "type_0"]}, n_samples=50, progress_bar=False)
-    tl.conformalize(table, calibration, groupby="cell_type", seed=0)
+    tl.conformalize(table, calibration, groupby="cell_type", alpha=0.25, seed=0)
     assert (table.layers["exprgen_lower"] <= table.layers["exprgen_upper"]).all()
     genes = list(test.var_names[[3, 1]])
     for cells in (calibration, test):
@@ -448,3 +547,27 @@ def test_with_a_model_from_layers_and_obsm_through_a_file(tmp_path):
         model.predict(cells, n_samples=50, seed=1, progress_bar=False)
     with pytest.raises(ValueError, match="calibration cells were trained on"):
         tl.conformalize(test, own)
+    # The same weights are the same model, wherever they are; others are not.
+    model.save(tmp_path / "model")
+    loaded = NBVAE.load(tmp_path / "model", adata=train)
+    loaded.predict(calibration, n_samples=50, seed=1, progress_bar=False)
+    tl.conformalize(test, calibration, seed=0)
+    model.train(max_epochs=1, accelerator="cpu", progress_bar=False)
+    model.predict(calibration, n_samples=50, seed=1, progress_bar=False)
+    with pytest.raises(ValueError, match="predicted with weights='"):
+        tl.conformalize(test, calibration, seed=0)
+
+
+def test_predict_records_the_donors_it_has_learned():
+    from exprgen import NBVAE, datasets
+
+    adata = datasets.simulate_latent(n_obs=200, n_vars=10, n_donors=12, seed=0)
+    known = adata.obs["donor"].isin(["donor_0", "donor_1", "donor_2"])
+    train, others = adata[known].copy(), adata[~known].copy()
+    NBVAE.setup_anndata(train, layer="counts", donor_key="donor")
+    model = NBVAE(train, seed=0, n_latent=2, n_hidden=8)
+    model.train(max_epochs=1, accelerator="cpu", progress_bar=False)
+    options = {"of": "mean", "n_cells": 16, "n_samples": 20, "seed": 0, "progress_bar": False}
+    records = [model.predict(cells, **options).uns["exprgen"] for cells in (adata, others)]
+    assert list(records[0]["predict"]["known_donors"]) == ["donor_0", "donor_1", "donor_2"]
+    assert "known_donors" not in records[1]["predict"]

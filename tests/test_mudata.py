@@ -711,6 +711,7 @@ def test_rna_given_chromatin(shared_data):
     assert list(synthetic.obs["cell_type"]) == list(mdata["rna"].obs["cell_type"][:20])
 
 
+@pytest.mark.filterwarnings("ignore:1 cells of adata lie far outside")
 def test_outliers_and_tails_are_those_of_the_twin():
     model, by_hand = models()
     mdata = make_mdata(250)
@@ -724,7 +725,7 @@ def test_outliers_and_tails_are_those_of_the_twin():
         (query, calibration, model),
         (twin, twin_of(calibration), by_hand),
     ):
-        with warned(DataQualityWarning, "calibration cells of group"):
+        with pytest.warns(DataQualityWarning, match="calibration cells of group"):
             found = tl.outliers(cells, judge, given, groupby="cell_type", **options)
         assert found is cells
         assert tl.tail_pvalues(cells, judge, **options) is cells

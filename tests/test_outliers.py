@@ -246,6 +246,7 @@ def test_results_survive_a_file_and_are_replaced_by_the_next(left_out, tmp_path)
     assert not np.allclose(again.obs[NAMES[2]], first[NAMES[2]])
 
 
+@pytest.mark.filterwarnings("ignore:1 cells of adata lie far outside")
 def test_continuous_models_answer_too():
     adata = simulate_latent(260, n_vars=30, n_types=2, log_depth=(4.5, 0.3), seed=0)
     adata = adata[:, adata.X[:120].min(0).toarray()[0] == 0].copy()
@@ -291,6 +292,14 @@ def test_what_cannot_calibrate_is_refused():
         tl.outliers(query, model, trained, **QUIET)
     with refused(ValueError, "60 cells of adata", "'new_0'", "calibration", of=query):
         tl.outliers(query, model, query.copy(), **QUIET)
+    repeats = calibration[[*range(50), 3, 4]]
+    with refused(ValueError, "2 calibration cells", "more than once", "'new_63'", of=query):
+        tl.outliers(query, model, repeats, **QUIET)
+    for wrong in ("cells.h5ad", None):
+        with refused(TypeError, "calibration= wants an AnnData", of=query):
+            tl.outliers(query, model, wrong, **QUIET)
+        with refused(TypeError, "adata= wants an AnnData", of=query):
+            tl.outliers(wrong, model, query, **QUIET)
     with refused(ValueError, "calibration has 0 cells", "20", of=query):
         tl.outliers(query, model, calibration[:0].copy(), **QUIET)
     with refused(GeneMismatchError, "gene_0", of=query):
@@ -338,11 +347,28 @@ def test_cells_that_were_trained_on_are_warned_of():
     assert (found.obs["exprgen_split"] == "train").sum() >= 80
 
 
+def test_cells_far_outside_the_calibration_cells_are_named(left_out):
+    """Of an emptied and a much deeper cell p-values say nothing; of all others they do."""
+    model, calibration, query, is_out = left_out
+    query = query[~is_out][:60].copy()
+    values = query.layers["counts"].toarray()
+    values[7], values[23] = 0, 40 * values[23]
+    query.layers["counts"] = values
+    with warned(DataQualityWarning, "2 cells of adata", f"{query.obs_names[7]!r}", "adjust=False"):
+        found = tl.outliers(query, model, calibration, score="likelihood", **QUIET).obs
+    np.testing.assert_array_equal(np.flatnonzero(found["exprgen_outlier_outside"]), [7, 23])
+    without = tl.outliers(
+        query, model, calibration, score="likelihood", adjust=False, copy=True, **QUIET
+    ).obs
+    assert not without["exprgen_outlier_outside"].any()
+    assert without[NAMES[0]].iloc[23] == 1 / (calibration.n_obs + 1)
+
+
 def test_few_calibration_cells_are_warned_of():
     model = trained_on_counts()
     query, calibration = _cells()
     with warned(DataQualityWarning, "25 calibration cells", "0.038", "77 % of all"):
-        tl.outliers(query, model, calibration[:25].copy(), n_samples=1, **QUIET)
+        tl.outliers(query, model, calibration[:25].copy(), n_samples=1, adjust=False, **QUIET)
 
 
 # Genes -----------------------------------------------------------------------------------

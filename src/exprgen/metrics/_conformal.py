@@ -76,8 +76,8 @@ def conformal_threshold(
     sizes = np.bincount(codes)
     if len(sizes) < units_needed(alpha):
         raise ValueError(
-            f"alpha={alpha} needs at least 1/alpha - 1 = {units_needed(alpha)} calibration units, "
-            f"got {len(sizes)}."
+            f"alpha={alpha} needs at least 1/alpha - 1 = {units_needed(alpha):.6g} calibration "
+            f"units, got {len(sizes)}."
         )
     weights = np.repeat(1 / (sizes[codes] * values.shape[1]), values.shape[1])
     order = np.argsort(values, axis=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -157,6 +158,14 @@ class ModelCore(BaseModelClass):
                 f"This {type(self).__name__} models the values themselves, in gene space: given a "
                 "cell's own it would return them. Use exprgen.CondVAE, or a model of the counts."
             )
+
+    def _fingerprint(self) -> str:
+        """A short hash of all weights: the same for a model that was saved and loaded."""
+        found = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.module.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def _device(self) -> torch.device:

@@ -196,6 +196,11 @@ class PredictMixin(ModelCore):
             "n_cells": n_cells or 0,
             "n_samples": n_samples,
             "quantiles": list(quantiles),
+            "library": _in_words(library),
+            "unseen": unseen,
+            "layer": self._setup_args["layer"] or "",
+            "weights": self._fingerprint(),
+            "known_donors": self._known_donors(query) or None,
             "seed": seed,
             **self._density_options,
         }
@@ -213,6 +218,14 @@ class PredictMixin(ModelCore):
             copy=copy,
             replaces=("conformalize",),
         )
+
+    def _known_donors(self, query: Query) -> list[str]:
+        """Labels among those asked about whose own effect the model has learned."""
+        donors = self.schema.donor
+        if donors is None or donors.key not in query.table:
+            return []
+        labels = query.table[donors.key]
+        return sorted(map(str, labels[donors.lookup(labels) >= 0].unique()))
 
     def _parameter_share(self, query: Query, row: int) -> Tensor | None:
         """Share of a row's variance that a predictor's parameters leave, ``(n_vars,)``."""
@@ -402,6 +415,13 @@ class PredictMixin(ModelCore):
 
 
 _DENOISED = ("denoised", "denoised_std")
+
+
+def _in_words(library: float | np.ndarray | None) -> float | str:
+    """How depth came about, for the record."""
+    if library is None:
+        return "sampled"
+    return float(library) if np.ndim(library) == 0 else "one per row"
 
 
 def _number(library: Any) -> float:

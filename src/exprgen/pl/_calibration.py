@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from exprgen._arguments import check_positive_int
 from exprgen.pl._style import CONTROL, REAL, SYNTHETIC, clean, finish, make_axes
-from exprgen.tl._predicted import BLOCK, Predicted, labels_of, names_of, observed, read_predicted
+from exprgen.tl._predicted import (
+    BLOCK,
+    Predicted,
+    check_given,
+    labels_of,
+    names_of,
+    observed,
+    read_predicted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +33,8 @@ _LEVELS = 100 * _NOMINAL
 _GENES, _REAL = "95 % of genes", "among real cells"
 _EXACT = "95 % of genes if exact"
 _BAND = (0.025, 0.975)
+_FEWEST = 20  # cells, of which the scatter of bars can be told
+_LONGEST = 18  # letters of a name that stands beside the number of cells
 
 
 class _Transforms(NamedTuple):
@@ -38,7 +50,7 @@ def calibration(
     *,
     key: str = "exprgen",
     groupby: str | None = None,
-    layer: str | None = "counts",
+    layer: str | None = None,
     control: AnnData | None = None,
     n_cols: int = 4,
     axes: Sequence[Axes] | None = None,
@@ -64,7 +76,7 @@ def calibration(
     groupby
         Column of ``.obs``: a panel for each of its groups.
     layer
-        Observed values; None for ``.X``.
+        Observed values; by default the layer that was modelled.
     control
         Real cells, the training cells say: the dashed line is the coverage of intervals made of
         these cells (of the same group).
@@ -118,7 +130,7 @@ def pit(
     *,
     key: str = "exprgen",
     groupby: str | None = None,
-    layer: str | None = "counts",
+    layer: str | None = None,
     control: AnnData | None = None,
     n_bins: int = 20,
     n_cols: int = 4,
@@ -132,8 +144,8 @@ def pit(
     Flat if the predicted laws are those of the cells :cite:p:`czado2009`; a hump in the middle
     says that they are too wide, raised ends too narrow, a slope too high or too low. Values of all
     genes together. The grey band is where 95 % of the bars would lie if the laws were exact, given
-    how cells differ and their number. With few predicted quantiles, steps at their levels are
-    those of the interpolation.
+    how cells differ and their number; of fewer than 20 cells there is none. With few
+    predicted quantiles, steps at their levels are those of the interpolation.
 
     Parameters
     ----------
@@ -152,20 +164,21 @@ def pit(
     KeyError, ValueError
         As :func:`calibration`.
     """
+    check_positive_int(n_bins, "n_bins", minimum=2)
     groups = _transforms(adata, key, groupby, layer, control, seed)
     figure, panels = make_axes(axes, len(groups), n_cols=n_cols, size=_size(groups), share_y=True)
     edges = np.linspace(0, 1, n_bins + 1)
     for ax, (name, u, among) in zip(panels, groups, strict=True):
         bars, error = _histogram(u, edges)
-        band = 1 - 1.96 * error, 1 + 1.96 * error
-        ax.stairs(band[1], edges, baseline=band[0], fill=True, color=CONTROL, alpha=0.8,
-                  label="95 % of bars, if exact", zorder=3)  # fmt: skip
-        ax.bar(edges[:-1], bars, 1 / n_bins, align="edge", color=SYNTHETIC, alpha=0.6,
-               edgecolor="white", linewidth=0.5, label="predicted", zorder=2)  # fmt: skip
+        ax.axhline(1, color="black", lw=0.8, zorder=2)
+        if len(u) >= _FEWEST:
+            low, high = (1 + side * 1.96 * error for side in (-1, 1))
+            ax.stairs(high, edges, baseline=low, fill=True, color=CONTROL, alpha=0.6,
+                      label="95 % of bars, if exact", zorder=1)  # fmt: skip
+        ax.stairs(bars, edges, color=SYNTHETIC, lw=2, label="predicted", zorder=3)
         if among is not None:
             ax.stairs(_histogram(among, edges)[0], edges, baseline=None, color=REAL, lw=1.4,
                       ls="--", label=_REAL, zorder=4)  # fmt: skip
-        ax.axhline(1, color="black", lw=0.8, zorder=5)
         ax.set(xlim=(0, 1), xlabel="rank among predictions")
         _title(ax, name, len(u))
         clean(ax)
@@ -193,6 +206,7 @@ def _transforms(
     names, rows_of = _grouped(adata, groupby, "adata")
     among = {}
     if control is not None:
+        check_given(control, key, name="control")
         among = dict(zip(*_grouped(control, groupby, "control"), strict=True))
     found = []
     for name, rows in zip(names, rows_of, strict=True):
@@ -268,12 +282,15 @@ def _size(groups: list[_Transforms]) -> tuple[float, float]:
 
 
 def _title(ax: Axes, name: str, n: int) -> None:
+    if len(name) > _LONGEST:  # above the number of cells
+        name = textwrap.fill(name, 2 * _LONGEST) + "\n"
     ax.set_title(name, loc="left", fontsize=10)
     ax.set_title(f"{n} cells", loc="right", fontsize=8, color="#444444")
 
 
 def _legend(figure: Figure, panels: np.ndarray) -> None:
-    handles, labels = panels[0].get_legend_handles_labels()
+    found = [ax.get_legend_handles_labels() for ax in panels]
+    handles, labels = max(found, key=lambda pair: len(pair[1]))  # not all have a band
     n_cols = len(labels) if len(panels) > 2 else 1
     figure.legend(
         handles, labels, loc="outside lower center", ncols=n_cols, frameon=False, fontsize=9

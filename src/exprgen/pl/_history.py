@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from exprgen.pl._style import REAL, SYNTHETIC, clean, finish, make_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -54,12 +55,18 @@ def history(
 
     Raises
     ------
+    TypeError
+        It is no model.
     ValueError
         The model is not trained, or has kept no history.
     """
     from matplotlib.ticker import MaxNLocator
 
     losses: Mapping[str, Any] = getattr(model, "history", model) or {}
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"model must be a trained model, or its history, got {type(model).__name__}."
+        )
     stages = [name for name in _STAGES if f"{name}_train" in losses]
     if not stages:
         raise ValueError(

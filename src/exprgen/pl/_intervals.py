@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exprgen._arguments import check_genes
+from exprgen._arguments import check_genes, check_positive_int
 from exprgen.pl._style import SYNTHETIC, clean, finish, make_axes
-from exprgen.pl._uncertainty import DOT, count_axis, draw_cells, group_axis
+from exprgen.pl._uncertainty import (
+    DOT,
+    LEGEND_WIDTH,
+    count_axis,
+    draw_cells,
+    group_axis,
+    label_width,
+)
 from exprgen.tl._conformal import group_means
-from exprgen.tl._predicted import labels_of, names_of, observed, read_predicted
+from exprgen.tl._predicted import dense, labels_of, names_of, observed, read_predicted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +37,7 @@ def intervals(
     *,
     groupby: str,
     key: str = "exprgen",
-    layer: str | None = "counts",
+    layer: str | None = None,
     n_cols: int = 4,
     max_cells: int = 150,
     axes: Sequence[Axes] | None = None,
@@ -57,7 +64,7 @@ def intervals(
     key
         The key of both.
     layer
-        Observed values; None for ``.X``.
+        Observed values; by default the layer that was modelled.
     n_cols
         Panels per row.
     max_cells
@@ -81,6 +88,7 @@ def intervals(
     ValueError
         Values that are not finite, or no counts where counts were predicted.
     """
+    check_positive_int(max_cells, "max_cells")
     predicted = read_predicted(adata, key, name="adata")
     record = adata.uns[key].get("conformalize")
     if record is None:
@@ -96,8 +104,15 @@ def intervals(
     names = names_of(adata, groupby)
 
     rng = np.random.default_rng(seed)
-    size = (2.9, 0.34 * len(names) + 1.1)
-    figure, panels = make_axes(axes, len(columns), n_cols=n_cols, size=size, share_y=True)
+    figure, panels = make_axes(
+        axes,
+        len(columns),
+        n_cols=n_cols,
+        size=(2.9, 0.34 * len(names) + 1.1),
+        share_y=True,
+        beside=label_width(names),
+        least_width=LEGEND_WIDTH,
+    )
     for j, ax in enumerate(panels):
         for position, name in enumerate(names):
             of = groups == name
@@ -144,9 +159,14 @@ def _ends(
 ) -> list[np.ndarray]:
     """Lower and upper ends, predicted and corrected, ``(n, n_genes)`` each."""
     store = adata.layers if predicted.in_layers else adata.obsm
+    for end in ("lower", "upper"):
+        if f"{key}_{end}" not in store:
+            raise KeyError(
+                f"adata has no {key}_{end}, which exprgen.tl.conformalize wrote. Run it again."
+            )
     near = [np.abs(predicted.levels - level).argmin() for level in (alpha / 2, 1 - alpha / 2)]
     law = predicted.law(rows, columns)
-    written = (np.asarray(store[f"{key}_{end}"]) for end in ("lower", "upper"))
+    written = (dense(store[f"{key}_{end}"]) for end in ("lower", "upper"))
     return [*law.quantiles[near], *(ends[np.ix_(rows, columns)] for ends in written)]
 
 

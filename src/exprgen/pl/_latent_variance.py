@@ -8,7 +8,7 @@ import numpy as np
 
 from exprgen._arguments import check_genes, check_positive_int
 from exprgen.pl._style import finish, make_axes
-from exprgen.tl._predicted import labels_of, names_of, read_predicted
+from exprgen.tl._predicted import dense, labels_of, names_of, read_predicted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ def latent_variance(
 
 def _share(std: Any, latent: Any, of: np.ndarray) -> np.ndarray:
     """Latent share of the variance of a group's genes, ``(n_genes,)``; 0 without variance."""
-    total, part = (np.square(np.asarray(v[of], dtype=np.float64)).mean(0) for v in (std, latent))
+    total, part = (np.square(dense(v[of]).astype(np.float64)).mean(0) for v in (std, latent))
     return np.divide(part, total, out=np.zeros_like(total), where=total > 0)
 
 

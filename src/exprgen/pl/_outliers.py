@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from scipy import stats
 
 from exprgen._arguments import check_number, check_positive_int
 from exprgen.pl._style import CONTROL, REAL, SYNTHETIC, clean, finish, make_axes
+from exprgen.tl._predicted import check_given
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from matplotlib.axes import Axes
@@ -70,7 +72,9 @@ def outliers(
     _draw_histogram(left, p_values, n_bins)
     if "groupby" not in info:
         _draw_band(left, len(p_values), int(info["n_calibration"]), n_bins)
-    left.legend(frameon=False, fontsize=8)
+    # Above all lines.
+    left.set_ylim(0, 1.25 * left.get_ylim()[1])
+    left.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     against = adata.obs[f"{key}_outlier_{info['against'].split()[-1]}"].to_numpy()
     found = adata.obs[f"{key}_outlier_padj"].to_numpy() <= alpha
     _draw_scores(right, info, against, adata.obs[f"{key}_outlier_score"].to_numpy(), found)
@@ -83,13 +87,22 @@ def outliers(
 
 
 def _info(adata: AnnData, key: str) -> Mapping[str, Any]:
-    info = adata.uns.get(key, {})
-    if "outliers" not in info:
+    check_given(adata, key, name="adata")
+    record = adata.uns.get(key)
+    info = record.get("outliers") if isinstance(record, Mapping) else None
+    if not isinstance(info, Mapping):
         raise KeyError(
             f"adata.uns has no outliers under {key!r}. Run exprgen.tl.outliers(adata, model, "
             "calibration) first, with this key as key_added."
         )
-    return info["outliers"]
+    against = info["against"].split()[-1]
+    for name in ("pvalue", "padj", "score", against):
+        if f"{key}_outlier_{name}" not in adata.obs:
+            raise KeyError(
+                f"adata.obs has no '{key}_outlier_{name}', which exprgen.tl.outliers wrote. Run "
+                "it again."
+            )
+    return info
 
 
 def _draw_histogram(ax: Axes, p_values: np.ndarray, n_bins: int) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from exprgen._arguments import check_positive_int
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,12 +31,23 @@ def make_axes(
     n_cols: int,
     size: tuple[float, float],
     share_y: bool = False,
+    beside: float = 0.0,
+    least_width: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
-    """``n_axes`` axes on a new figure with panels of ``size`` inches, or those given."""
-    import matplotlib.pyplot as plt
+    """``n_axes`` axes on a new figure with panels of ``size`` inches, or those given.
 
+    ``beside`` is the width of what stands left of the panels, and ``least_width`` that of the
+    whole figure, inches.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+
+    check_positive_int(n_cols, "n_cols")
     if axes is not None:
         given = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+        wrong = [ax for ax in given if not isinstance(ax, Axes)]
+        if wrong:
+            raise TypeError(f"axes must be matplotlib axes, got {wrong[0]!r}.")
         if given.size != n_axes:
             raise ValueError(f"axes must be {n_axes} matplotlib axes, got {given.size}.")
         return given[0].figure, given
@@ -43,7 +56,7 @@ def make_axes(
     figure, grid = plt.subplots(
         n_rows,
         n_cols,
-        figsize=(size[0] * n_cols, size[1] * n_rows),
+        figsize=(max(size[0] * n_cols + beside, least_width), size[1] * n_rows),
         squeeze=False,
         sharey=share_y,
         layout="constrained",

@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DOT", "count_axis", "draw_cells", "group_axis", "uncertainty"]
+__all__ = [
+    "DOT",
+    "LEGEND_WIDTH",
+    "count_axis",
+    "draw_cells",
+    "group_axis",
+    "label_width",
+    "uncertainty",
+]
 
 DOT = "#8C8C8C"
+LEGEND_WIDTH = 6.6  # inches, of four entries beside each other
 
 
 def uncertainty(
@@ -89,8 +98,15 @@ def uncertainty(
     names = groups.cat.remove_unused_categories().cat.categories
 
     rng = np.random.default_rng(seed)
-    height = 0.3 * len(names) + 1.0
-    figure, panels = make_axes(axes, len(genes), n_cols=n_cols, size=(2.9, height), share_y=True)
+    figure, panels = make_axes(
+        axes,
+        len(genes),
+        n_cols=n_cols,
+        size=(2.9, 0.3 * len(names) + 1.0),
+        share_y=True,
+        beside=label_width(names),
+        least_width=LEGEND_WIDTH,
+    )
     for j, (ax, gene) in enumerate(zip(panels, genes, strict=True)):
         for position, name in enumerate(names):
             rows = np.flatnonzero((groups == name).to_numpy())
@@ -170,6 +186,11 @@ def count_axis(ax: Axes, top: float) -> None:
 
 def _log1p(values: np.ndarray) -> np.ndarray:
     return np.log1p(np.maximum(values, -0.9))
+
+
+def label_width(names: Sequence[object]) -> float:
+    """Width of the groups' labels beside the first panel, about, in inches."""
+    return 0.08 * max(len(str(name)) for name in names)
 
 
 def group_axis(ax: Axes, names: Sequence[object]) -> None:

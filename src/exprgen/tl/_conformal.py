@@ -19,7 +19,16 @@ import pandas as pd
 from exprgen import _arguments, _slots
 from exprgen._random import resolve_seed
 from exprgen.metrics import conformal_threshold
-from exprgen.tl._conformal_checks import check_alike, check_sizes, check_split, check_target
+from exprgen.tl._conformal_checks import (
+    check_alike,
+    check_cells,
+    check_donors,
+    check_sizes,
+    check_split,
+    check_target,
+    warn_of_few,
+    warn_of_sizes,
+)
 from exprgen.tl._counts import gene_positions
 from exprgen.tl._predicted import Predicted, labels_of, observed, read_predicted
 
@@ -38,7 +47,7 @@ def conformalize(
     groupby: str | None = None,
     per_gene: bool | None = None,
     donor_key: str | None = None,
-    layer: str | None = "counts",
+    layer: str | None = None,
     overwrite: bool = False,
     copy: bool = False,
     seed: int | None = None,
@@ -71,8 +80,8 @@ def conformalize(
         Cells to write to, with ``model.predict(adata, key_added=key)``. Observed values of these
         are not read.
     calibration
-        Cells that training has not seen, predicted in the same way: key, genes, quantiles, ``of``
-        and ``n_cells``.
+        Cells that training has not seen, none of them in ``adata``, predicted in the same way: by
+        the same model, with the same arguments (but for the seed).
     key
         The ``key_added`` of both.
     alpha
@@ -91,9 +100,10 @@ def conformalize(
         all genes.
     donor_key
         Column of obs with donors: calibrate means of donors. The cells of a donor that share a
-        prediction are averaged.
+        prediction are averaged. The donors must be new to the model, and none of ``adata``'s.
     layer
-        Observed values of ``calibration``; None for .X.
+        Observed values of ``calibration``. By default what was modelled, as ``predict`` recorded;
+        another layer is refused.
     overwrite, copy
         As in the models' ``predict``.
     seed
@@ -103,17 +113,26 @@ def conformalize(
     -------
     AnnData
         The object that carries the results: ``adata``, or a copy if it was a view or ``copy``.
-        ``uns[key]["conformalize"]`` has the groups, their numbers of units and the thresholds:
-        1 - threshold is the level of the model's own interval that is written. Running ``predict``
-        again removes it all.
+        ``uns[key]["conformalize"]`` has the ``groups``, their numbers of units ``n_units``,
+        ``(n_groups,)``, the ``cells_per_mean`` of donors, ``(n_means,)``, and ``threshold``,
+        ``(n_groups,)``, or ``(n_groups, n_genes)`` if ``per_gene``: 1 - threshold is the level of
+        the model's own interval that is written. Running ``predict`` again removes it all.
 
     Raises
     ------
     KeyError
         Predictions, layers or columns are missing.
     ValueError
-        Too few units, training cells in ``calibration``, predictions that differ in kind, groups
-        without calibration units, or values that are not finite. Nothing is written then.
+        Too few units, training cells or donors in ``calibration``, cells or donors on both sides,
+        predictions that differ in kind, groups without calibration units, or values that are not
+        finite. Nothing is written then.
+
+    Warns
+    -----
+    DataQualityWarning
+        If a group has fewer units than 4/alpha - 1 and genes share a threshold: its intervals
+        are valid and wide, at 1/alpha - 1 units as wide as the most extreme value of all genes. If
+        the means of donors' cells are of half as many cells as ``n_cells``, or twice.
     """
     alpha = _arguments.check_number(alpha, "alpha", "(0, 1)")
     if per_gene is None:
@@ -125,19 +144,24 @@ def conformalize(
     check_alike(target, source)
     check_target(target, donor_key)
     check_split(calibration, key)
+    check_cells(adata, calibration, target, layer)
     groups = _groups(adata, groupby, "adata")
     source_groups = _groups(calibration, groupby, "calibration")
     if donor_key is None:
         units, labels = np.arange(calibration.n_obs), source_groups
-        values = None
+        values = cells_per_mean = None
     else:
         donors = labels_of(calibration, donor_key, "donor_key", name="calibration")
-        rows, units, values = group_means(calibration, layer, source, donors, source_groups)
-        labels = source_groups[rows]
+        check_donors(adata, donor_key, donors, source)
+        rows, cells_per_mean, values = group_means(
+            calibration, layer, source, donors, source_groups
+        )
+        units, labels = donors[rows], source_groups[rows]
         source = _subset(source, rows)
     names = list(dict.fromkeys(groups.tolist()))
     sizes = {name: len(np.unique(units[labels == name])) for name in names}
-    check_sizes(sizes, alpha, per_gene, "cells" if donor_key is None else "donors", groupby)
+    unit = "cells" if donor_key is None else "donors"
+    check_sizes(sizes, alpha, per_gene, unit, groupby, source_groups)
 
     columns = gene_positions(source.genes, target.genes, name="calibration", exact=True)
     rng = np.random.default_rng(seed)
@@ -168,12 +192,17 @@ def conformalize(
             "donor_key": donor_key,
             "per_gene": per_gene,
             "n_units": np.array(list(sizes.values())),
+            "cells_per_mean": cells_per_mean,
             "threshold": thresholds if per_gene else thresholds[:, 0],
             "seed": seed,
         },
         var_names=None if target.in_layers else list(target.genes),
         overwrite=overwrite,
     )
+    if not per_gene:
+        warn_of_few(sizes, alpha, unit)
+    if cells_per_mean is not None:
+        warn_of_sizes(cells_per_mean, source)
     return result
 
 
@@ -197,7 +226,8 @@ def group_means(
 
     Returns
     -------
-    Position of a cell of each mean ``(n,)``, its donor ``(n,)``, and the means ``(n, n_genes)``.
+    Position of a cell of each mean ``(n,)``, how many cells it is of ``(n,)``, and the means
+    ``(n, n_genes)``.
     """
     laws = [
         row.tobytes()
@@ -210,7 +240,8 @@ def group_means(
     for rows in predicted.blocks():
         np.add.at(sums, codes[rows], observed(adata, layer, predicted, rows))
     _, first = np.unique(codes, return_index=True)
-    return first, donors[first], sums / np.bincount(codes)[:, None]
+    sizes = np.bincount(codes)
+    return first, sizes, sums / sizes[:, None]
 
 
 def _groups(adata: AnnData, groupby: str | None, name: str) -> np.ndarray:

@@ -18,6 +18,9 @@ when it is left out, :math:`h = a^\top (A^\top A)^{-1} a`,
 
 are the query cell's residual, those of the others, and their mean square. Several scores count
 alike: what is ranked is the sum over scores of residuals in units of σ.
+
+A query cell far outside the calibration cells' covariates bends the regression towards itself: of
+its score 1 / (1 + h) is left, and ranks, exact as they are, cannot find it. h is handed back.
 """
 
 from __future__ import annotations
@@ -35,12 +38,13 @@ class Ranked(NamedTuple):
     """P-values of query cells ``(m,)``; adjusted scores of these and of the calibration cells.
 
     Scores are residuals of the regression on the calibration cells, in units of their standard
-    deviation and summed: ``(m,)`` and ``(n,)``.
+    deviation and summed: ``(m,)`` and ``(n,)``. ``leverage`` is h of the query cells, ``(m,)``.
     """
 
     p_values: np.ndarray
     scores: np.ndarray
     calibration_scores: np.ndarray
+    leverage: np.ndarray
 
 
 def conformal_p_values(
@@ -67,7 +71,8 @@ def conformal_p_values(
     slopes = axes.T @ calibration
     residual = calibration - axes @ slopes  # e
     left_out = query - of_query @ slopes  # r
-    inside = left_out / (1 + np.square(of_query).sum(1))[:, None]  # u
+    leverage = np.square(of_query).sum(1)  # h
+    inside = left_out / (1 + leverage)[:, None]  # u
     square = np.square(residual).sum(0)
     sigma = np.sqrt((square + left_out * inside) / (len(calibration) + 1))
     sigma[sigma == 0] = 1  # a score that is the same for all
@@ -84,7 +89,7 @@ def conformal_p_values(
             p_values[part] = (1 + above) / (peers.sum() + 1)
     scale = np.sqrt(square / len(calibration))
     scale[scale == 0] = 1
-    return Ranked(p_values, (left_out / scale).sum(1), (residual / scale).sum(1))
+    return Ranked(p_values, (left_out / scale).sum(1), (residual / scale).sum(1), leverage)
 
 
 def _orthonormal(calibration: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

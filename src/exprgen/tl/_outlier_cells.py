@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from exprgen._errors import DataQualityWarning, closest, name_some
 from exprgen.models._cells import cell_keys, split_labels
+from exprgen.tl._same_cells import repeated_cells, shared_cells
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
     from exprgen.models import GenerativeModel
-    from exprgen.models._cells import GeneReader
 
 __all__ = ["check_cells", "groups_of"]
 
@@ -71,7 +71,7 @@ def check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> p
     Raises
     ------
     ValueError
-        If calibration cells were, or are query cells.
+        If calibration cells were, are query cells, or are repeated.
 
     Warns
     -----
@@ -88,9 +88,14 @@ def check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> p
             f"{name_some(reference.obs_names[trained])}. They look more ordinary than new cells "
             "do. Give cells that were set aside, or those of validation."
         )
-    places = dict(zip(keys[1].tolist(), range(len(keys[1])), strict=True))
-    pairs = [(int(i), places[int(keys[0][i])]) for i in np.flatnonzero(np.isin(*keys))]
-    shared = [i for i, j in pairs if np.array_equal(*_rows(readers, i, j))]
+    repeated = repeated_cells(keys[1], readers[1])
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} calibration cells are there more than once: "
+            f"{name_some(reference.obs_names[repeated])}. They would count as so many: leave the "
+            "repeats out."
+        )
+    shared = shared_cells(keys, readers)
     if shared:
         raise ValueError(
             f"{len(shared)} cells of adata are in calibration as well: "
@@ -107,8 +112,3 @@ def check_cells(model: GenerativeModel, query: AnnData, reference: AnnData) -> p
             stacklevel=4,
         )
     return split
-
-
-def _rows(readers: tuple[GeneReader, GeneReader], i: int, j: int) -> tuple[Any, Any]:
-    """A row of each."""
-    return readers[0].rows(np.array([i])), readers[1].rows(np.array([j]))

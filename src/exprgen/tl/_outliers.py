@@ -11,8 +11,9 @@ from scipy import stats
 
 from exprgen import _slots
 from exprgen._arguments import check_bool, check_choice, check_positive_int
-from exprgen._errors import DataQualityWarning
+from exprgen._errors import DataQualityWarning, name_some
 from exprgen._random import resolve_seed
+from exprgen._validate import check_anndata
 from exprgen.models._mudata import target_of
 from exprgen.models._surprise import TERMS
 from exprgen.tl._conformal_ranks import conformal_p_values
@@ -31,6 +32,8 @@ __all__ = ["outliers"]
 SCORES = ("combined", *TERMS, "contrast")
 # Where more of the cells than this would have to be outliers to be found, there is a warning.
 _LEVEL, _LARGEST_SHARE = 0.05, 0.1
+# Leverage in the adjustment from which more than half of a cell's score is taken away by itself.
+_OUTSIDE = 1.0
 # Streams of random numbers under one seed.
 _CALIBRATION, _QUERY = 20, 21
 
@@ -94,8 +97,10 @@ def outliers(
         Prefix of the columns of ``obs``: ``{key}_outlier_pvalue``; ``{key}_outlier_padj``, for
         the false discovery rate :cite:p:`benjamini1995`; ``{key}_outlier_score``, in standard
         deviations; the ``{key}_outlier_library`` (of continuous values ``_detected``) that it is
-        adjusted for; ``{key}_split``. ``uns[key]["outliers"]`` keeps what was ranked, the values
-        of the calibration cells, and the ``smallest_p`` that these allow.
+        adjusted for; ``{key}_outlier_outside``, whether it lies so far outside the calibration
+        cells in these that a large p-value says nothing; ``{key}_split``. ``uns[key]["outliers"]``
+        keeps what was ranked, the values of the calibration cells, and the ``smallest_p`` that
+        these allow.
     overwrite, copy, progress_bar, seed
         As in :meth:`~exprgen.NBVAE.predict`.
 
@@ -106,14 +111,17 @@ def outliers(
     Raises
     ------
     ValueError
-        If calibration cells were trained on, are also in ``adata``, or are fewer than 20; if a
-        group has none; if the model is one in gene space and the score is of a latent state.
+        If calibration cells were trained on, are also in ``adata``, are repeated, or are fewer
+        than 20; if a group has none; if the model is one in gene space and the score is of a
+        latent state.
 
     Warns
     -----
     DataQualityWarning
         If calibration cells are so few that adjusted p-values reach .05 only if more than a tenth
-        of all cells are outliers; if cells were trained on.
+        of all cells are outliers; if cells were trained on; if cells have a library or genes
+        detected that no calibration cell is near. Empty droplets and doublets are to be taken out
+        by these numbers themselves: adjusted for them, such a cell has an unremarkable p-value.
 
     Notes
     -----
@@ -135,7 +143,10 @@ def outliers(
     check_positive_int(n_samples, "n_samples")
     _slots.check_key(key_added)
     seed = resolve_seed(seed)
-    query, reference = _read(model, adata, groupby), _read(model, calibration, groupby)
+    query, reference = (
+        _read(model, data, groupby, name)
+        for data, name in ((adata, "adata"), (calibration, "calibration"))
+    )
     groups = groups_of(query, reference, groupby)
     split = check_cells(model, query, reference)
 
@@ -182,6 +193,7 @@ def outliers(
             "outlier_padj": stats.false_discovery_control(found.p_values),
             "outlier_score": found.scores,
             slot: technical[against],
+            "outlier_outside": found.leverage > _OUTSIDE,
             "split": split,
         },
         info={
@@ -200,6 +212,7 @@ def outliers(
         overwrite=overwrite,
     )
     _warn_of_few(sizes)
+    _warn_of_outside(query.obs_names[found.leverage > _OUTSIDE], list(technical), key_added)
     return target
 
 
@@ -218,8 +231,12 @@ def _terms_of(model: GenerativeModel, score: str) -> tuple[str, ...]:
     return (score,)
 
 
-def _read(model: GenerativeModel, data: AnnData | MuData, groupby: str | None) -> AnnData:
-    return model._readable(data, *(() if groupby is None else (groupby,)))
+def _read(
+    model: GenerativeModel, data: AnnData | MuData, groupby: str | None, name: str
+) -> AnnData:
+    cells = model._readable(data, *(() if groupby is None else (groupby,)))
+    check_anndata(cells, method=f"{name}=")
+    return cells
 
 
 def _covariates(technical: dict[str, np.ndarray], adjust: bool) -> np.ndarray:
@@ -236,10 +253,29 @@ def _warn_of_few(sizes: pd.Series[int]) -> None:
     share = 1 / (_LEVEL * (n + 1))
     if share > _LARGEST_SHARE:
         where = "" if len(sizes) == 1 else f" of group {sizes.idxmin()!r}"
-        what = f"only if they are {100 * share:.0f} % of all or more" if share < 1 else "never"
+        cells = f"cells{where}"
+        what = (
+            f"{cells} are found only if outliers are {100 * share:.0f} % of all or more"
+            if share < 1
+            else f"no {cells} can be found"
+        )
         warnings.warn(
             f"{n} calibration cells{where} allow no p-value below {1 / (n + 1):.2g}: at a false "
-            f"discovery rate of {_LEVEL:g}, cells are found {what}. Give more calibration cells.",
+            f"discovery rate of {_LEVEL:g}, {what}. Give more calibration cells.",
+            DataQualityWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_outside(names: pd.Index, technical: list[str], key: str) -> None:
+    """Say of which cells a large p-value says nothing, since the adjustment follows them."""
+    if len(names):
+        warnings.warn(
+            f"{len(names)} cells of adata lie far outside the calibration cells in "
+            f"{' or '.join(technical)}: {name_some(names)}. The adjustment for these takes most "
+            "of their score away, and p-values are no evidence that they are ordinary: judge "
+            f"them by these numbers themselves (obs[{f'{key}_outlier_outside'!r}] says which they "
+            "are), or take adjust=False.",
             DataQualityWarning,
             stacklevel=3,
         )

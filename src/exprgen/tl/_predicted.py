@@ -13,6 +13,7 @@ from scipy import sparse
 from exprgen._errors import closest, name_some
 from exprgen._levels import Law
 from exprgen._slots import quantile_name
+from exprgen._validate import check_anndata
 from exprgen.tl._counts import gene_positions
 
 if TYPE_CHECKING:
@@ -20,24 +21,41 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["BLOCK", "Predicted", "labels_of", "names_of", "observed", "read_predicted"]
+__all__ = [
+    "BLOCK",
+    "Predicted",
+    "check_given",
+    "dense",
+    "labels_of",
+    "names_of",
+    "observed",
+    "read_predicted",
+]
 
 BLOCK = 1024
 """Cells that are worked on at a time."""
+
+# Of what predict records: what may differ between predictions that were made alike.
+_OF_ONE_CALL = ("seed", "slots", "var_names", "known_donors")
 
 
 @dataclass(frozen=True)
 class Predicted:
     """Predicted quantiles and standard deviations, ``(n_obs, n_genes)`` each.
 
-    ``of`` and ``n_cells`` are those of ``predict``; ``in_layers`` says whether all genes were
-    predicted (layers) or some (obsm).
+    ``of`` and ``n_cells`` are those of ``predict``; ``settings`` all that it was called with,
+    ``layer`` what the model is of ("" is .X, None not recorded), ``known_donors`` the donors of
+    these cells that it was trained on; ``in_layers`` says whether all genes were predicted
+    (layers) or some (obsm).
     """
 
     name: str
     model: str
     of: str
     n_cells: int
+    settings: Mapping[str, Any]
+    layer: str | None
+    known_donors: frozenset[str]
     levels: np.ndarray
     genes: pd.Index
     in_layers: bool
@@ -47,8 +65,8 @@ class Predicted:
 
     def law(self, rows: np.ndarray, columns: np.ndarray | slice = slice(None)) -> Law:
         """The laws of some cells and genes."""
-        known = np.stack([_dense(layer[rows])[:, columns] for layer in self.quantiles])
-        return Law(known, self.levels, _dense(self.std[rows])[:, columns], self.whole)
+        known = np.stack([dense(layer[rows])[:, columns] for layer in self.quantiles])
+        return Law(known, self.levels, dense(self.std[rows])[:, columns], self.whole)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Positions of all cells, a block at a time."""
@@ -76,6 +94,7 @@ def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
     ValueError
         If it has no cells, no quantile on either side of the median, or values that are none.
     """
+    check_given(adata, key, name=name)
     record = adata.uns.get(key)
     record = record if isinstance(record, Mapping) else {}
     entry = record.get("predict")
@@ -110,6 +129,9 @@ def read_predicted(adata: AnnData, key: str, *, name: str) -> Predicted:
         model=str(record.get("model")),
         of=str(entry["of"]),
         n_cells=int(entry["n_cells"]),
+        settings={k: _as_python(v) for k, v in entry.items() if k not in _OF_ONE_CALL},
+        layer=entry.get("layer"),
+        known_donors=frozenset(map(str, np.atleast_1d(entry.get("known_donors", [])))),
         levels=levels,
         genes=adata.var_names if some is None else pd.Index(np.asarray(some, dtype=object)),
         in_layers=some is None,
@@ -129,26 +151,36 @@ def observed(
 ) -> np.ndarray:
     """Observed values of the predicted genes of some cells, ``(n, n_genes)`` float64.
 
-    ``name`` is what messages call ``adata`` if it is not the one with the predictions.
+    ``layer`` is what the caller says; None is the layer that was modelled. ``name`` is what
+    messages call ``adata`` if it is not the one with the predictions.
 
     Raises
     ------
     KeyError
         The layer is missing.
     ValueError
-        Values that are not finite; values that are no counts where counts were predicted.
+        The layer is not the one that was modelled; values that are not finite; values that
+        are no counts where counts were predicted.
     """
     name = name or predicted.name
+    modelled = predicted.layer
+    if layer is None:
+        layer = modelled or None
+    elif modelled is not None and layer != modelled:
+        raise ValueError(
+            f"layer={layer!r} is not what was modelled: the predictions are of "
+            f"{f'layer {modelled!r}' if modelled else '.X'}. Leave layer out."
+        )
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "
-            "Name the layer that was modelled, or layer=None for .X."
+            "Give cells that have the layer that was modelled."
         )
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
-        raise KeyError(f"{name} has no .X; name the layer that was modelled as layer=.")
+        raise KeyError(f"{name} has no .X, which was modelled.")
     columns = gene_positions(adata.var_names, predicted.genes, name=name, exact=False)
-    values = _dense(matrix[rows])[:, columns].astype(np.float64)
+    values = dense(matrix[rows])[:, columns].astype(np.float64)
     where = ".X" if layer is None else f".layers[{layer!r}]"
     if not np.isfinite(values).all():
         raise ValueError(f"{name}{where} has values that are not finite.")
@@ -158,6 +190,23 @@ def observed(
             "layer that was modelled as layer=."
         )
     return values
+
+
+def check_given(adata: object, key: str, *, name: str) -> None:
+    """Refuse what is no AnnData; of a MuData, say which modality has results.
+
+    Raises
+    ------
+    TypeError
+        For a MuData, a path, anything else.
+    """
+    if hasattr(adata, "mod"):
+        found = [name for name, mod in adata.mod.items() if key in mod.uns] or [*adata.mod]
+        raise TypeError(
+            f"{name} is a MuData, and results are in its modalities: give one of them, "
+            f"mdata[{found[0]!r}]."
+        )
+    check_anndata(adata, method=f"{name}=")
 
 
 def labels_of(adata: AnnData, column: str, argument: str, *, name: str) -> np.ndarray:
@@ -188,13 +237,23 @@ def names_of(adata: AnnData, column: str) -> list[str]:
     return [str(name) for name in labels.cat.categories]
 
 
+def dense(values: Any) -> np.ndarray:
+    """A matrix or a part of it, whatever its form."""
+    return np.asarray(values.toarray() if sparse.issparse(values) else values)
+
+
+def _as_python(value: Any) -> Any:
+    """A record as it was written, whether or not it has been in a file since."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
 def _check_values(names: list[str], quantiles: list[Any], std: Any, name: str) -> bool:
     """Refuse what no ``predict`` has written; say whether all quantiles are whole numbers."""
     whole = True
     for start in range(0, std.shape[0], BLOCK):
         rows = np.arange(start, min(start + BLOCK, std.shape[0]))
-        blocks = [_dense(layer[rows]) for layer in quantiles]
-        for slot, block in zip((*names, "std"), (*blocks, _dense(std[rows])), strict=True):
+        blocks = [dense(layer[rows]) for layer in quantiles]
+        for slot, block in zip((*names, "std"), (*blocks, dense(std[rows])), strict=True):
             if not np.isfinite(block).all():
                 raise ValueError(
                     f"{name}'s predictions have values that are not finite, in {slot!r}. Run "
@@ -208,7 +267,3 @@ def _check_values(names: list[str], quantiles: list[Any], std: Any, name: str) -
                 )
         whole = whole and all((block == np.rint(block)).all() for block in blocks)
     return whole
-
-
-def _dense(values: Any) -> np.ndarray:
-    return np.asarray(values.toarray() if sparse.issparse(values) else values)
