@@ -364,6 +364,11 @@ def _gone(adata, calibration):
     del calibration.layers["exprgen_q50"]
 
 
+def _no_layer(adata, calibration):
+    del calibration.uns["exprgen"]["predict"]["layer"]
+    del adata.uns["exprgen"]["predict"]["layer"]
+
+
 def _no_group(adata, calibration):
     adata.obs["cell_type"] = ["a"] * 20 + ["b"] * 10
 
@@ -389,6 +394,7 @@ FAULTS = [
     (_no_counts, {}, ValueError, "does not hold counts"),
     (_crossed, {}, ValueError, "no quantiles: 'exprgen_q05' exceeds"),
     (_gone, {}, KeyError, "calibration has no layer 'exprgen_q50', which predict wrote"),
+    (_no_layer, {}, KeyError, "calibration's predictions do not say which layer was modelled"),
     (_no_group, {"groupby": "cell_type"}, ValueError, "1 of the groups of adata .*: 'b'"),
     (_gap, {"groupby": "cell_type"}, ValueError, "2 cells of calibration have no label"),
     (_own_layer, {}, ValueError, "names are taken"),

@@ -157,7 +157,7 @@ def observed(
     Raises
     ------
     KeyError
-        The layer is missing.
+        The layer is missing, or not recorded.
     ValueError
         The layer is not the one that was modelled; values that are not finite; values that
         are no counts where counts were predicted.
@@ -165,6 +165,11 @@ def observed(
     name = name or predicted.name
     modelled = predicted.layer
     if layer is None:
+        if modelled is None:
+            raise KeyError(
+                f"{predicted.name}'s predictions do not say which layer was modelled: run predict "
+                "again, or name it as layer=."
+            )
         layer = modelled or None
     elif modelled is not None and layer != modelled:
         raise ValueError(
