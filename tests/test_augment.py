@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 
 import exprgen
 from exprgen import tl
+from exprgen._errors import CovariateError
 from exprgen.tl._augment import shortages
 from exprgen.tl._augmentation_test import _compared, _f1, _weights
 
@@ -163,3 +164,17 @@ def test_leaks_and_shortages_are_refused(cells):
         tl.augmentation_test(train, test, model, **(options | {"n_obs": 2}))
     with pytest.raises(ValueError, match="no categorical condition"):
         tl.augment(train, model, groupby="donor")
+    full = tl.augment(train, model, groupby="cell_type", n_obs="max", seed=0)
+    with pytest.raises(ValueError, match="cells of adata are synthetic"):
+        tl.augment(full, model, groupby="cell_type")
+    with pytest.raises(ValueError, match="cells of train are synthetic"):
+        tl.augmentation_test(full, test, model, **options)
+    lost = test.copy()
+    lost.obs["donor"] = lost.obs["donor"].where(np.arange(lost.n_obs) > 3)
+    with pytest.raises(CovariateError, match="split_key.* has 4 missing values"):
+        tl.augmentation_test(train, lost, model, split_key="donor", **options)
+    known = test.copy()
+    known.obs["donor"] = "donor_0"
+    apart = train[(train.obs["donor"] != "donor_0").to_numpy()].copy()
+    with pytest.raises(ValueError, match="trained on donors of test: 'donor_0'"):
+        tl.augmentation_test(apart, known, model, split_key="donor", **options)

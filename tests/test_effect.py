@@ -195,3 +195,9 @@ def test_ensembles_of_what_does_not_go_together_are_refused(models):
     fewer.train(1, accelerator="cpu", progress_bar=False)
     with pytest.raises(ValueError, match="same genes"):
         tl.predict_ensemble([models[0], fewer], A)
+    wider = exprgen.NBVAE(other, seed=10, n_hidden=16)
+    wider.train(1, accelerator="cpu", progress_bar=False)
+    with pytest.raises(ValueError, match="same n_hidden; got 8 and 16"):
+        tl.predict_ensemble([fewer, wider], A)
+    with pytest.raises(ValueError, match="library"):
+        tl.effect(models, A, A, library=0)

@@ -19,7 +19,7 @@ from exprgen.tl._model import check_model
 if TYPE_CHECKING:
     from exprgen.models import GenerativeModel
 
-__all__ = ["augment", "check_generator", "shortages", "synthetic_like"]
+__all__ = ["augment", "check_generator", "check_real", "shortages", "synthetic_like"]
 
 _SIZES = ("median", "max")
 Sizes = Literal["median", "max"] | int | Mapping[str, int]
@@ -69,12 +69,28 @@ def augment(
         If the model cannot draw cells of these groups, or ``n_obs`` is not what it should be.
     """
     check_generator(model, groupby)
+    check_real(adata, "adata")
     labels = _labels(adata, groupby)
     missing = shortages(labels, n_obs)
     synthetic = synthetic_like(
         adata, model, labels, missing, seed=resolve_seed(seed), progress_bar=progress_bar
     )
     return concat(adata, synthetic, layer=model._setup_args["layer"])
+
+
+def check_real(adata: AnnData, name: str) -> None:
+    """Refuse cells that were drawn already: they would count as real ones from here on.
+
+    Raises
+    ------
+    ValueError
+        If there are any.
+    """
+    if "synthetic" in adata.obs and (drawn := int(adata.obs["synthetic"].astype(bool).sum())):
+        raise ValueError(
+            f"{drawn} cells of {name} are synthetic (obs['synthetic']): give the real ones, "
+            f"{name}[~{name}.obs['synthetic'].astype(bool)].copy()."
+        )
 
 
 def check_generator(model: GenerativeModel, groupby: str) -> None:

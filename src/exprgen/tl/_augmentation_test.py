@@ -20,9 +20,10 @@ import numpy as np
 from scipy import sparse
 
 from exprgen import _arguments, metrics
+from exprgen._columns import refuse_values
 from exprgen._errors import name_some
 from exprgen._random import resolve_seed
-from exprgen.tl._augment import check_generator, shortages, synthetic_like
+from exprgen.tl._augment import check_generator, check_real, shortages, synthetic_like
 from exprgen.tl._counts import read_counts
 from exprgen.tl._halves import read, same_cells
 
@@ -107,6 +108,8 @@ def augmentation_test(
     import pandas as pd
 
     check_generator(model, groupby)
+    check_real(train, "train")
+    check_real(test, "test")
     _arguments.check_positive_int(n_repeats, "n_repeats")
     _arguments.check_positive_int(n_bootstrap, "n_bootstrap", minimum=100)
     level = _arguments.check_number(level, "level", "(0, 1)")
@@ -221,7 +224,21 @@ def _units(
         for adata, name in ((train, "train"), (test, "test")):
             if split_key not in adata.obs:
                 raise KeyError(f"split_key={split_key!r} is no column of {name}.obs.")
+            refuse_values(
+                adata.obs_names,
+                adata.obs[split_key].isna().to_numpy(),
+                f"{name}.obs[{split_key!r}] (split_key)",
+                "missing value",
+                " Fill them in, or leave these cells out.",
+            )
         labels = test.obs[split_key].astype(str).to_numpy()
+        if split_key == model.schema.donor_key and model.schema.donor is not None:
+            known_donors = np.unique(labels[model.schema.donor.lookup(test.obs[split_key]) >= 0])
+            if known_donors.size:
+                raise ValueError(
+                    f"The model was trained on donors of test: {name_some(known_donors)}. Train "
+                    "it without them."
+                )
         shared = np.intersect1d(labels, train.obs[split_key].astype(str))
         if shared.size:
             raise ValueError(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
+from exprgen._columns import refuse_values
 from exprgen._errors import name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
@@ -205,6 +206,13 @@ def _held_out(
     else:
         if split_key not in adata.obs:
             raise KeyError(f"split_key={split_key!r} is no column of obs.")
+        refuse_values(
+            adata.obs_names,
+            adata.obs[split_key].isna().to_numpy(),
+            f"obs[{split_key!r}] (split_key)",
+            "missing value",
+            " Fill them in, or leave these cells out.",
+        )
         labels = adata.obs[split_key].astype(str).to_numpy()
         known = np.unique(labels)
         n_held = max(1, round(test_size * len(known)))

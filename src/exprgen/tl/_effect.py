@@ -131,7 +131,8 @@ def effect(
     _check_sources(models, n_donors, level)
     for one in models:
         one._check_has_depth(library=library)
-    library = _arguments.check_number(library or _LIBRARY, "library", "(0, inf)")
+    library = _LIBRARY if library is None else library
+    library = _arguments.check_number(library, "library", "(0, inf)")
     if adata is not None:
         check_ranked_key(adata, key_added, _METHOD)
     seed = resolve_seed(seed)

@@ -134,7 +134,17 @@ def check_ensemble(
                 "models must have the same conditions: columns, labels and ranges of all. Train "
                 "them on the same cells with the same setup."
             )
+        for what, theirs in _fixed(model).items():
+            if (own := _fixed(first)[what]) != theirs:
+                raise ValueError(f"models must have the same {what}; got {own!r} and {theirs!r}.")
     seeds = [model.seed_ for model in models]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"models must be trained from different seeds, theirs are {seeds}.")
     return tuple(models)
+
+
+def _fixed(model: GenerativeModel) -> dict[str, Any]:
+    """What decides in which units a model speaks, and what its networks are."""
+    said = {key: model._setup_args[key] for key in ("layer", "size_factor_key")}
+    shape = model.init_params_["non_kwargs"]
+    return said | {name: value for name, value in shape.items() if name != "seed"}
