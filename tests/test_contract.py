@@ -520,7 +520,11 @@ def test_counterfactuals_take_the_other_labels_expression(case):
     assert np.abs(np.log1p(_dense(same.X).mean(0)) - own).mean() < 0.15
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "donor" in c.id], indirect=True)
+# Residuals are held gene by gene, see test_hybrid.py.
+WITH_STATE = [c for c in CASES if "donor" in c.id and "residuals" not in c.id]
+
+
+@pytest.mark.parametrize("case", WITH_STATE, indirect=True)
 def test_counterfactuals_keep_a_cells_place_relative_to_its_conditions_mean(case, monkeypatch):
     space, prior, seen = case.model.module.space, case.model.module.autoencoder_prior, []
     decode_at = space.decode_at
@@ -543,7 +547,7 @@ def test_counterfactuals_keep_a_cells_place_relative_to_its_conditions_mean(case
     width = space.features.layout.width
     assert (new_c[:, 0] == 2).all()
     assert torch.equal(new_c[:, 1:width], c[:, 1:width])
-    assert shift[:, :3].abs().max() > 0.1 or not space.is_learned
+    assert shift[:, :3].abs().max() > 0.1
     error = torch.stack([z for z, *_ in seen]).mean(0) - (mean + shift)[:, :3]
     assert (error.abs() < 5 * sd[:, :3] / np.sqrt(50)).all()
     if not case.is_count:

@@ -289,19 +289,19 @@ def test_stopped_in_the_second_stage_a_model_can_be_used_once_validated(monkeypa
         assert not model.is_trained_
 
 
-def test_a_trained_model_is_as_before_if_training_on_stops_at_once():
+def test_a_trained_model_is_as_before_if_training_on_stops_before_there_is_another():
     model = _trained()
     before, history = _weights(model.module), model.history
-    _stopped(model, GenerativeTrainingPlan, 0)
-    assert model.is_trained_
-    assert _equal(before, _weights(model.module))
-    assert model.history is history
-    # Later its density is of another space.
-    _stopped(model, GenerativeTrainingPlan, 1)
-    assert not model.is_trained_
-    model = _trained()
-    _stopped(model, DensityTrainingPlan, 0)
-    assert not model.is_trained_
+    for plan, epoch in (
+        (GenerativeTrainingPlan, 0),
+        (GenerativeTrainingPlan, 1),  # the density is of another space then
+        (DensityTrainingPlan, 0),
+    ):
+        _stopped(model, plan, epoch)
+        assert model.is_trained_
+        assert not model.module.training
+        assert _equal(before, _weights(model.module))
+        assert model.history is history
 
 
 def test_a_density_that_diverges_is_told_and_can_be_tried_again():
