@@ -10,11 +10,11 @@ import pandas as pd
 from anndata import AnnData
 
 from exprgen import _arguments
-from exprgen._columns import refuse_values
-from exprgen._errors import closest, name_some
+from exprgen._errors import name_some
 from exprgen._random import resolve_seed
 from exprgen.tl._concat import concat
 from exprgen.tl._model import check_model
+from exprgen.tl._names import text_labels
 
 if TYPE_CHECKING:
     from exprgen.models import GenerativeModel
@@ -70,7 +70,9 @@ def augment(
     """
     check_generator(model, groupby)
     check_real(adata, "adata")
-    labels = _labels(adata, groupby)
+    labels = text_labels(adata.obs, groupby, "groupby")
+    if not len(labels):
+        raise ValueError("adata has no cells: there is nothing to fill up.")
     missing = shortages(labels, n_obs)
     synthetic = synthetic_like(
         adata, model, labels, missing, seed=resolve_seed(seed), progress_bar=progress_bar
@@ -169,19 +171,3 @@ def synthetic_like(
     like = AnnData(obs=obs, obsm=vectors, var=pd.DataFrame(index=model.var_names))
     # What the cells say of their conditions was said when these were trained on.
     return model.sample(like, on_extrapolation="ignore", progress_bar=progress_bar, seed=seed)
-
-
-def _labels(adata: AnnData, groupby: str) -> np.ndarray:
-    """Group of every cell as text, ``(n_obs,)``."""
-    if groupby not in adata.obs:
-        raise KeyError(
-            f"groupby={groupby!r} is no column of obs.{closest(groupby, adata.obs.columns)}"
-        )
-    column = adata.obs[groupby]
-    if not len(column):
-        raise ValueError("adata has no cells: there is nothing to fill up.")
-    missing = column.isna().to_numpy()
-    refuse_values(
-        adata.obs_names, missing, f"obs[{groupby!r}]", "missing value", " Leave these cells out."
-    )
-    return column.astype(str).to_numpy()

@@ -20,12 +20,12 @@ import numpy as np
 from scipy import sparse
 
 from exprgen import _arguments, metrics
-from exprgen._columns import refuse_values
 from exprgen._errors import name_some
 from exprgen._random import resolve_seed
 from exprgen.tl._augment import check_generator, check_real, shortages, synthetic_like
 from exprgen.tl._counts import read_counts
 from exprgen.tl._halves import read, same_cells
+from exprgen.tl._names import text_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,17 +221,8 @@ def _units(
     if split_key is None:
         unit = np.arange(len(held))
     else:
-        for adata, name in ((train, "train"), (test, "test")):
-            if split_key not in adata.obs:
-                raise KeyError(f"split_key={split_key!r} is no column of {name}.obs.")
-            refuse_values(
-                adata.obs_names,
-                adata.obs[split_key].isna().to_numpy(),
-                f"{name}.obs[{split_key!r}] (split_key)",
-                "missing value",
-                " Fill them in, or leave these cells out.",
-            )
-        labels = test.obs[split_key].astype(str).to_numpy()
+        trained = text_labels(train.obs, split_key, "split_key", "train.obs")
+        labels = text_labels(test.obs, split_key, "split_key", "test.obs")
         if split_key == model.schema.donor_key and model.schema.donor is not None:
             known_donors = np.unique(labels[model.schema.donor.lookup(test.obs[split_key]) >= 0])
             if known_donors.size:
@@ -239,7 +230,7 @@ def _units(
                     f"The model was trained on donors of test: {name_some(known_donors)}. Train "
                     "it without them."
                 )
-        shared = np.intersect1d(labels, train.obs[split_key].astype(str))
+        shared = np.intersect1d(labels, trained)
         if shared.size:
             raise ValueError(
                 f"obs[{split_key!r}] (split_key) has labels in both train and test: "

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._columns import refuse_values
 from exprgen._errors import name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL
 from exprgen.tl._counts import read_counts
-from exprgen.tl._names import check_names
+from exprgen.tl._names import check_names, text_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -204,16 +203,7 @@ def _held_out(
         test[rng.permutation(adata.n_obs)[: round(test_size * adata.n_obs)]] = True
         unit = None
     else:
-        if split_key not in adata.obs:
-            raise KeyError(f"split_key={split_key!r} is no column of obs.")
-        refuse_values(
-            adata.obs_names,
-            adata.obs[split_key].isna().to_numpy(),
-            f"obs[{split_key!r}] (split_key)",
-            "missing value",
-            " Fill them in, or leave these cells out.",
-        )
-        labels = adata.obs[split_key].astype(str).to_numpy()
+        labels = text_labels(adata.obs, split_key, "split_key")
         known = np.unique(labels)
         n_held = max(1, round(test_size * len(known)))
         test = np.isin(labels, rng.permutation(known)[:n_held])

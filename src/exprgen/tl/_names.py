@@ -1,11 +1,18 @@
-"""Arguments of the evaluation that are one name or several."""
+"""Arguments that are names, and the labels in the column that one names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_names"]
+from exprgen._columns import refuse_values
+from exprgen._errors import closest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+__all__ = ["check_names", "text_labels"]
 
 
 def check_names(given: Any, argument: str, others: str = "None") -> list[str]:
@@ -22,3 +29,26 @@ def check_names(given: Any, argument: str, others: str = "None") -> list[str]:
         if all(isinstance(name, str) for name in names):
             return list(dict.fromkeys(names))
     raise TypeError(f"{argument} must be a name, a list of names, or {others}, got {given!r}.")
+
+
+def text_labels(obs: pd.DataFrame, key: str, argument: str, where: str = "obs") -> np.ndarray:
+    """A column of obs without gaps, as text, ``(n_obs,)``.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    CovariateError
+        If cells have no label.
+    """
+    if key not in obs:
+        raise KeyError(f"{argument}={key!r} is no column of {where}.{closest(key, obs.columns)}")
+    column = obs[key]
+    refuse_values(
+        obs.index,
+        column.isna().to_numpy(),
+        f"{where}[{key!r}] ({argument})",
+        "missing value",
+        " Fill them in, or leave these cells out.",
+    )
+    return column.astype(str).to_numpy()

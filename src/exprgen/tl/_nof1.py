@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._columns import refuse_values
-from exprgen._errors import CovariateError, closest, name_some
+from exprgen._errors import CovariateError, name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models._query import CELL, TABLE
 from exprgen.models._statistics import order_statistics
 from exprgen.models._tails import tails_of_mean
 from exprgen.tl._model import check_model
+from exprgen.tl._names import text_labels
 from exprgen.tl._ranked import check_ranked_key, signed_scores, store_ranked
 
 if TYPE_CHECKING:
@@ -222,17 +222,7 @@ def _check_one_new_donor(cells: Cells, model: GenerativeModel) -> None:
 def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.ndarray]:
     """Rows of every group that has cells, in the order of the labels."""
     obs = cells.adata.obs
-    if groupby not in obs:
-        raise KeyError(f"groupby={groupby!r} is no column of obs.{closest(groupby, obs.columns)}")
-    column = obs[groupby]
-    refuse_values(
-        obs.index,
-        column.isna().to_numpy(),
-        f"obs[{groupby!r}]",
-        "missing value",
-        " Leave them out.",
-    )
-    labels = column.astype(str).to_numpy()
+    labels, column = text_labels(obs, groupby, "groupby"), obs[groupby]
     order = column.cat.categories if column.dtype == "category" else np.unique(column)
     groups = {str(g): np.flatnonzero(labels == str(g)) for g in order if (labels == str(g)).any()}
     table, embedding = model.schema.parse(cells.adata, argument="adata")
