@@ -89,25 +89,7 @@ class ExprFlow(PathModel):
         solver: str | None = None,
         n_steps: int = 5,
     ) -> None:
-        autoencoder = {
-            "n_latent": n_latent,
-            "n_hidden": n_hidden,
-            "n_layers": n_layers,
-            "dropout": dropout,
-            "n_components": n_components,
-            "likelihood": likelihood,
-            "dispersion": dispersion,
-        }
-        path = {
-            "n_hidden": density_hidden,
-            "n_layers": density_layers,
-            "condition_dropout": condition_dropout,
-            "coupling": coupling,
-            "objective": objective,
-            "solver": solver,
-            "n_steps": n_steps,
-        }
-        super().__init__(adata, registry, seed=seed, autoencoder=autoencoder, path=path)
+        super().__init__(adata, registry, seed=seed, said=locals())
         self.init_params_ = self._get_init_params(locals())
 
 
@@ -172,25 +154,5 @@ class ExprDiffusion(PathModel):
         solver: str | None = None,
         n_steps: int = 5,
     ) -> None:
-        autoencoder = {
-            "n_latent": n_latent,
-            "n_hidden": n_hidden,
-            "n_layers": n_layers,
-            "dropout": dropout,
-            "n_components": n_components,
-            "likelihood": likelihood,
-            "dispersion": dispersion,
-        }
-        path = {
-            "n_hidden": density_hidden,
-            "n_layers": density_layers,
-            "condition_dropout": condition_dropout,
-            "schedule": schedule,
-            "target": target,
-            "weighting": weighting,
-            "times": times,
-            "solver": solver,
-            "n_steps": n_steps,
-        }
-        super().__init__(adata, registry, seed=seed, autoencoder=autoencoder, path=path)
+        super().__init__(adata, registry, seed=seed, said=locals())
         self.init_params_ = self._get_init_params(locals())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -54,9 +55,16 @@ class PathModel(GenerativeModel):
         registry: dict[str, Any] | None,
         *,
         seed: int | None,
-        autoencoder: dict[str, Any],
-        path: dict[str, Any],
+        said: dict[str, Any],
     ) -> None:
+        """``said`` has the arguments of the public class: the autoencoder's, and the path's."""
+        autoencoder = {name: said[name] for name in self._AUTOENCODER}
+        others = {"adata", "registry", "seed", *autoencoder}
+        path = {
+            name.replace("density_", "n_"): said[name]
+            for name in inspect.signature(type(self)).parameters
+            if name not in others
+        }
         law, dispersion = count_likelihood(autoencoder["likelihood"], autoencoder["dispersion"])
         shape = {k: v for k, v in autoencoder.items() if k not in ("likelihood", "dispersion")}
         architecture = Architecture(density="mixture", **shape)
