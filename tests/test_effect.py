@@ -45,12 +45,12 @@ def test_interval_covers_what_one_more_seed_says():
     truth = rng.normal(0, 2, n_genes)
     said = truth + 0.3 * rng.standard_normal((n_models + 1, n_genes))
     parts = np.repeat(said[:n_models, None], 10, axis=1)
-    law = law_of_change(_Fake(), parts, [np.ones(n_genes)] * 2, None, 0.1)
+    law = law_of_change([_Fake()], parts, [np.ones(n_genes)] * 2, None, 0.1)
     table = columns_of(law, 0.0, 0.9)
     inside = (table["lower"] <= said[-1]) & (said[-1] <= table["upper"])
     assert inside.mean() == pytest.approx(0.9, abs=3 * np.sqrt(0.09 / n_genes))
     # Of no effect at all, as many p-values are below .1 as should be.
-    none = law_of_change(_Fake(), parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
+    none = law_of_change([_Fake()], parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
     rejected = (columns_of(none, 0.0, 0.9)["pvals"] < 0.1).mean()
     assert rejected < 0.1  # a mean of four is surer than one more model
 
@@ -58,7 +58,7 @@ def test_interval_covers_what_one_more_seed_says():
 def test_monte_carlo_error_is_that_of_parts():
     rng = np.random.default_rng(1)
     parts = rng.normal(1, 0.5, (1, 10, 30_000))
-    law = law_of_change(_Fake(), parts, [np.ones(30_000)] * 2, None, 0.1)
+    law = law_of_change([_Fake()], parts, [np.ones(30_000)] * 2, None, 0.1)
     assert (law.sampling**0.5).mean() == pytest.approx(0.5 / np.sqrt(10), rel=0.05)
     assert law.dof[0] == pytest.approx(9)
     table = columns_of(law, 0.0, 0.9)

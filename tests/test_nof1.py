@@ -15,7 +15,6 @@ from scipy import integrate, stats
 import exprgen
 from exprgen import likelihoods, tl
 from exprgen._errors import CovariateError
-from exprgen._random import generator
 from exprgen.models._tails import tails_of_mean
 from exprgen.spaces import AdditiveDonorEffect, Decoded, DonorEffect
 
@@ -37,7 +36,7 @@ def _decoded(mean: float, n: int = 3) -> Decoded:
 
 
 def _tails(likelihood, donors, decoded, total, n_cells):
-    return tails_of_mean(likelihood, donors, decoded, total, n_cells, generator(0, 0))
+    return tails_of_mean(likelihood, donors, decoded, total, n_cells)
 
 
 @pytest.mark.parametrize("mean", [0.02, 1.5])

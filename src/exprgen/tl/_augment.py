@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,19 @@ from anndata import AnnData
 from exprgen import _arguments
 from exprgen._errors import name_some
 from exprgen._random import resolve_seed
+from exprgen.models._query import new_donors
 from exprgen.tl._concat import concat
 from exprgen.tl._model import check_model
 from exprgen.tl._names import text_labels
 
 if TYPE_CHECKING:
+    from exprgen._conditions import ConditionSchema
+    from exprgen._labels import Labels
     from exprgen.models import GenerativeModel
 
 __all__ = ["augment", "check_generator", "check_real", "shortages", "synthetic_like"]
+
+logger = logging.getLogger("exprgen")
 
 _SIZES = ("median", "max")
 Sizes = Literal["median", "max"] | int | Mapping[str, int]
@@ -37,10 +43,13 @@ def augment(
     """Fill groups of few cells up with cells that the model draws.
 
     Synthetic cells have the conditions, batches and donors of real cells of their group, drawn
-    with replacement. Whether they help is another question: see
-    :func:`exprgen.tl.augmentation_test`. They are for training something on, a classifier say.
-    They are no evidence: a test that counts them as observations finds whatever the model
-    believes.
+    with replacement. Donors that the model does not know, by a file saved without
+    ``donor_labels=True`` all of them, are replaced by new ones with labels of their own,
+    ``"new_donor_0"`` and so on: cells drawn for another donor do not bear a real one's name.
+
+    Whether they help is another question: see :func:`exprgen.tl.augmentation_test`. They are for
+    training something on, a classifier say. They are no evidence: a test that counts them as
+    observations finds whatever the model believes.
 
     Parameters
     ----------
@@ -166,8 +175,25 @@ def synthetic_like(
     columns = [key for key in schema.column_keys if key in adata.obs]
     obs = adata.obs[columns].iloc[chosen].reset_index(drop=True)
     obs.index = obs.index.astype(str)
+    if schema.donor is not None and schema.donor.key in obs:
+        key = schema.donor.key
+        obs[key] = _drawn_donors(schema, obs[key], adata.obs[key])
     key = schema.embedding_key
     vectors: dict[str, Any] = {} if key is None else {key: np.asarray(adata.obsm[key])[chosen]}
     like = AnnData(obs=obs, obsm=vectors, var=pd.DataFrame(index=model.var_names))
     # What the cells say of their conditions was said when these were trained on.
     return model.sample(like, on_extrapolation="ignore", progress_bar=progress_bar, seed=seed)
+
+
+def _drawn_donors(schema: ConditionSchema, labels: pd.Series, real: pd.Series) -> pd.Series:
+    """Labels with those of donors that the model does not know replaced, one by one."""
+    donor = cast("Labels", schema.donor)
+    codes = donor.encode(labels, f"obs[{donor.key!r}] (donor_key)", unseen="null")
+    unknown = labels[codes < 0].unique()
+    if len(unknown):
+        logger.info(
+            "The model does not know the donors %s: synthetic cells are those of new donors.",
+            name_some(unknown),
+        )
+    own = dict(zip(unknown, new_donors(schema, len(unknown), taken=real.unique()), strict=True))
+    return labels.astype(object).map(lambda label: own.get(label, label))

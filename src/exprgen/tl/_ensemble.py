@@ -60,7 +60,8 @@ def predict_ensemble(
     ----------
     models
         At least two trained models of one class, with the same genes and conditions, trained from
-        different seeds.
+        different seeds. Of models that were loaded without their donors' labels, the number of
+        donors must be the same.
     conditions, of, n_cells, genes, library, quantiles, unseen, on_extrapolation
         See :meth:`exprgen.NBVAE.predict`.
     n_samples
@@ -75,7 +76,7 @@ def predict_ensemble(
     Raises
     ------
     TypeError, ValueError
-        If these are not such models.
+        If these are not such models, or ``conditions`` name donors that not all of them know.
     """
     models = check_ensemble(models)
     return models[0]._predict(
@@ -129,7 +130,7 @@ def check_ensemble(
             other = model.var_names.symmetric_difference(first.var_names)
             what = f" ({name_some(other)})" if len(other) else ", or their order,"
             raise ValueError(f"models must have the same genes; theirs differ{what}.")
-        if model.schema.to_dict() != first.schema.to_dict():
+        if _comparable(model, models) != _comparable(first, models):
             raise ValueError(
                 "models must have the same conditions: columns, labels and ranges of all. Train "
                 "them on the same cells with the same setup."
@@ -141,6 +142,12 @@ def check_ensemble(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"models must be trained from different seeds, theirs are {seeds}.")
     return tuple(models)
+
+
+def _comparable(model: GenerativeModel, models: Sequence[GenerativeModel]) -> dict[str, Any]:
+    """A model's conditions; without donors' labels where the files of some did not keep them."""
+    coded = any(other.schema.has_coded_donors for other in models)
+    return (model.schema.with_coded_donors() if coded else model.schema).to_dict()
 
 
 def _fixed(model: GenerativeModel) -> dict[str, Any]:
