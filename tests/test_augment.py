@@ -56,6 +56,34 @@ def test_groups_are_filled_and_real_cells_kept(cells, tmp_path):
     assert ad.read_h5ad(tmp_path / "full.h5ad").n_obs == full.n_obs
 
 
+def test_cells_drawn_for_another_donor_do_not_bear_a_real_ones_name(cells, tmp_path):
+    train, test, model = cells
+    options = {"groupby": "cell_type", "n_obs": "max", "progress_bar": False, "seed": 0}
+
+    def donors_of(adata, model):
+        full = tl.augment(adata, model, **options)
+        return set(full.obs.loc[full.obs["synthetic"], "donor"])
+
+    model.save(tmp_path / "coded")
+    coded = exprgen.NBVAE.load(tmp_path / "coded", adata=False)
+    real = set(train.obs["donor"])
+    assert donors_of(train, coded) == {f"new_donor_{i}" for i in range(len(real))}
+    # Of a model in memory those donors that it was not trained on.
+    both = ad.concat([train, test])
+    both.obs["donor"] = both.obs["donor"].cat.rename_categories({"donor_5": "new_donor_0"})
+    found = donors_of(both, model)
+    assert found == real | {"new_donor_1", "new_donor_2"}
+    model.save(tmp_path / "named", donor_labels=True)
+    named = exprgen.NBVAE.load(tmp_path / "named", adata=False)
+    first, second = (tl.augment(train, one, **options) for one in (model, named))
+    assert (first.X != second.X).nnz == 0
+    assert first.obs["donor"].tolist() == second.obs["donor"].tolist()
+    alike = train.copy()
+    alike.obs["donor"] = alike.obs["donor"].astype(str).where(np.arange(train.n_obs) > 3)
+    with pytest.raises(CovariateError, match="missing value"):
+        tl.augment(alike, model, **options)
+
+
 def test_sizes_that_can_be_asked_for(cells):
     train, _, model = cells
     labels = np.array(["a"] * 9 + ["b"] * 2 + ["c"] * 4)

@@ -19,7 +19,7 @@ from scipy import integrate, optimize, stats
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import Ridge
 
-from exprgen import CondVAE, HybridResidualModel
+from exprgen import CondVAE, HybridResidualModel, tl
 from exprgen._conditions import ConditionLayout
 from exprgen._errors import (
     CheckpointError,
@@ -360,6 +360,29 @@ def test_terms_of_the_variance_add_up_to_that_of_cells():
     mean = model.predict(question, of="mean", n_samples=2000, seed=0, **QUIET).layers
     expected = terms["donor"] + terms["parameter"]
     np.testing.assert_allclose(mean["exprgen_std"][0] ** 2, expected, rtol=0.01)
+
+
+def test_the_expected_range_of_one_sample_is_that_of_predicted_means():
+    """With donors and what parameters leave open: both, by draws and by integration."""
+    adata, _ = _bulk(60)
+    rng = np.random.default_rng(0)
+    shift = rng.normal(0, 0.4, (6, adata.n_vars))
+    adata.X += shift[adata.obs["donor"].str[1:].astype(int)].astype("f4")
+    model = _trained(adata, setup=LABELS | {"donor_key": "donor"}, mean="hierarchical")
+    question = {"tissue": ["a"] * 40, "sex": ["f"] * 40, "donor": ["x"] * 40}
+    cells = model.sample(question, seed=0, **QUIET)
+    found = tl.nof1_de(
+        cells, model, groupby="tissue", inflation=1.0, n_samples=4000, key_added=None, seed=0
+    )
+    found = found.set_index("names").loc[model.var_names]
+    options = {"of": "mean", "n_cells": 40, "n_samples": 8000, "seed": 1, **QUIET}
+    law = model.predict(cells[:1].copy(), **options).layers
+    width = law["exprgen_q95"][0] - law["exprgen_q05"][0]
+    ratio = (found["upper"] - found["lower"]) / width
+    assert np.median(ratio) == pytest.approx(1, abs=0.03)
+    # Parameters are a good part of it, which forty cells would average out.
+    share = law["exprgen_std_parameter"][0] ** 2 / law["exprgen_std"][0] ** 2
+    assert np.median(share) > 0.1
 
 
 def test_a_wider_scale_where_there_were_few_samples_to_learn_from():

@@ -177,7 +177,8 @@ class PredictMixin(ModelCore):
         known_donors = [
             model._known_donors(asked) for model, asked in zip(models, queries, strict=True)
         ]
-        if partly := set().union(*known_donors) - set.intersection(*map(set, known_donors)):
+        every, *others = map(set, known_donors)
+        if partly := every.union(*others) - every.intersection(*others):
             raise ValueError(
                 f"Donors {name_some(sorted(partly))} are known to some of the models and new to "
                 "others, which were loaded without their donors' labels: save all of them with "

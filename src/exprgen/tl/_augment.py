@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -175,9 +175,8 @@ def synthetic_like(
     columns = [key for key in schema.column_keys if key in adata.obs]
     obs = adata.obs[columns].iloc[chosen].reset_index(drop=True)
     obs.index = obs.index.astype(str)
-    if schema.donor is not None and schema.donor.key in obs:
-        key = schema.donor.key
-        obs[key] = _drawn_donors(schema, obs[key], adata.obs[key])
+    if (donor := schema.donor) is not None and donor.key in obs:
+        obs[donor.key] = _drawn_donors(schema, donor, obs[donor.key], adata.obs[donor.key])
     key = schema.embedding_key
     vectors: dict[str, Any] = {} if key is None else {key: np.asarray(adata.obsm[key])[chosen]}
     like = AnnData(obs=obs, obsm=vectors, var=pd.DataFrame(index=model.var_names))
@@ -185,9 +184,10 @@ def synthetic_like(
     return model.sample(like, on_extrapolation="ignore", progress_bar=progress_bar, seed=seed)
 
 
-def _drawn_donors(schema: ConditionSchema, labels: pd.Series, real: pd.Series) -> pd.Series:
+def _drawn_donors(
+    schema: ConditionSchema, donor: Labels, labels: pd.Series, real: pd.Series
+) -> pd.Series:
     """Labels with those of donors that the model does not know replaced, one by one."""
-    donor = cast("Labels", schema.donor)
     codes = donor.encode(labels, f"obs[{donor.key!r}] (donor_key)", unseen="null")
     unknown = labels[codes < 0].unique()
     if len(unknown):
