@@ -240,7 +240,8 @@ def _first(
         high[far] = np.ceil(np.minimum(high[far] + step[far], _MOST_STEPS))
         at_high[far] = score(high[far], far)
     interpolate = True
-    while (open_ := np.flatnonzero(high - low > 1)).size:
+    found = (at_low < 0) & (at_high >= 0)  # else it lies beyond all steps
+    while (open_ := np.flatnonzero(found & (high - low > 1))).size:
         left, right = low[open_], high[open_]
         share = at_low[open_] / (at_low[open_] - at_high[open_]) if interpolate else 0.5
         at = np.clip(np.floor(left + share * (right - left)), left + 1, right - 1)
