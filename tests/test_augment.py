@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 
 import exprgen
 from exprgen import tl
-from exprgen._errors import CovariateError
+from exprgen._errors import CovariateError, ReproducibilityWarning
 from exprgen.tl._augment import shortages
 from exprgen.tl._augmentation_test import _compared, _f1, _weights
 
@@ -73,6 +73,11 @@ def test_cells_drawn_for_another_donor_do_not_bear_a_real_ones_name(cells, tmp_p
     both.obs["donor"] = both.obs["donor"].cat.rename_categories({"donor_5": "new_donor_0"})
     found = donors_of(both, model)
     assert found == real | {"new_donor_1", "new_donor_2"}
+    with (
+        pytest.warns(ReproducibilityWarning, match="No cell of test was in its training"),
+        pytest.raises(ValueError, match="test has 2 donor"),
+    ):
+        tl.augmentation_test(train, test, coded, split_key="donor", **options)
     model.save(tmp_path / "named", donor_labels=True)
     named = exprgen.NBVAE.load(tmp_path / "named", adata=False)
     first, second = (tl.augment(train, one, **options) for one in (model, named))

@@ -270,7 +270,7 @@ def test_a_model_without_donors_labels_says_what_it_cannot_tell(trained, tmp_pat
     coded = exprgen.NBVAE.load(tmp_path / "coded", adata=False)
     with pytest.raises(ValueError, match=r"\d+ of its cells were in its training"):
         tl.nof1_de(train[train.obs["donor"] == "donor_3"].copy(), coded, **options)
-    with pytest.warns(ReproducibilityWarning, match="others of this donor were cannot be told"):
+    with pytest.warns(ReproducibilityWarning, match="others of the same donors"):
         found = tl.nof1_de(test, coded, **options)
     pd.testing.assert_frame_equal(found, tl.nof1_de(test, model, **options))
     model.save(tmp_path / "named", donor_labels=True)

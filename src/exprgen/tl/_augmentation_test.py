@@ -25,6 +25,7 @@ from exprgen._random import resolve_seed
 from exprgen.tl._augment import check_generator, check_real, shortages, synthetic_like
 from exprgen.tl._counts import read_counts
 from exprgen.tl._halves import read, same_cells
+from exprgen.tl._model import warn_if_donors_are_coded
 from exprgen.tl._names import text_labels
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ def augmentation_test(
     ValueError
         If test cells were seen, by name or by donor, if there are too few, or if no group is short
         of cells.
+
+    Warns
+    -----
+    ReproducibilityWarning
+        If donors are split by and the model's file was saved without their labels.
     """
     import pandas as pd
 
@@ -230,6 +236,7 @@ def _units(
                     f"The model was trained on donors of test: {name_some(known_donors)}. Train "
                     "it without them."
                 )
+            warn_if_donors_are_coded(model, "test", stacklevel=3)
         shared = np.intersect1d(labels, trained)
         if shared.size:
             raise ValueError(

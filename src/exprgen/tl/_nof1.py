@@ -16,16 +16,11 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import (
-    CovariateError,
-    DataQualityWarning,
-    ReproducibilityWarning,
-    name_some,
-)
+from exprgen._errors import CovariateError, DataQualityWarning, name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models._query import CELL, TABLE
 from exprgen.models._tails import tails_of_mean
-from exprgen.tl._model import check_model
+from exprgen.tl._model import check_model, warn_if_donors_are_coded
 from exprgen.tl._names import text_labels
 from exprgen.tl._ranked import check_ranked_key, signed_scores, store_ranked
 
@@ -249,14 +244,7 @@ def _check_one_new_donor(cells: Cells, model: GenerativeModel) -> None:
             f"adata is not new to the model: {seen} in its training, which has learned what it "
             "should judge. Train on other donors only."
         )
-    if model.schema.has_coded_donors:
-        warnings.warn(
-            "This model was saved without its donors' labels. No cell of adata was in its "
-            "training, but whether others of this donor were cannot be told: the expected range "
-            "would not be one of new donors. Save with donor_labels=True to have it checked.",
-            ReproducibilityWarning,
-            stacklevel=3,
-        )
+    warn_if_donors_are_coded(model, "adata", stacklevel=3)
 
 
 def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.ndarray]:
