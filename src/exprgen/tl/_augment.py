@@ -43,8 +43,8 @@ def augment(
     """Fill groups of few cells up with cells that the model draws.
 
     Synthetic cells have the conditions, batches and donors of real cells of their group, drawn
-    with replacement. Donors that the model does not know, by a file saved without
-    ``donor_labels=True`` all of them, are replaced by new ones with labels of their own,
+    with replacement. Donors that the model does not know (none is known to one whose file was
+    saved without ``donor_labels=True``) are replaced by new ones with labels of their own,
     ``"new_donor_0"`` and so on: cells drawn for another donor do not bear a real one's name.
 
     Whether they help is another question: see :func:`exprgen.tl.augmentation_test`. They are for
