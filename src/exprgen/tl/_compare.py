@@ -17,14 +17,17 @@ lower bounds, of which that with more samples is the tighter.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import name_some
+from exprgen._errors import DataQualityWarning, ExtrapolationWarning, name_some
 from exprgen._random import generator, resolve_seed
+from exprgen._tables import key_list
+from exprgen._validate import check_anndata
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL
@@ -88,7 +91,8 @@ def compare_likelihoods(
     test_size
         Share of cells held out at random.
     split_key
-        Column of ``.obs`` whose labels are held out whole instead: cells of new donors, say.
+        Column of ``.obs`` whose labels are held out whole instead: cells of new donors, say. It
+        cannot be a categorical condition or the batch, of which models know trained labels only.
     max_epochs
         Of every training; ``None`` is each model's default.
     n_samples
@@ -103,19 +107,28 @@ def compare_likelihoods(
     pandas.DataFrame
         One row per model, best first: ``likelihood``; ``density``; ``log_pmf``, nats per held-out
         cell given its total, a bound; ``difference`` from the best and ``difference_se``, its
-        standard error over cells, which are paired (with ``split_key`` over its labels);
-        ``n_test``, ``n_train``. Differences of another seed are not in the standard error.
+        standard error over cells, which are paired (with ``split_key`` over its labels, and NaN
+        if one is held out); ``n_test``, ``n_train``. Differences of another seed are not in the
+        standard error.
 
     Raises
     ------
     KeyError, TypeError, ValueError
         If an argument is not what it should be, or cells are too few.
+
+    Warns
+    -----
+    DataQualityWarning
+        If ``split_key`` holds out one label: how labels differ is not known then.
     """
     import pandas as pd
 
+    check_anndata(adata, method="adata=")
     likelihoods = _chosen(likelihoods, "likelihoods", (*_CONTINUOUS, *_OF_COUNTS))
     densities = _chosen(densities, "densities", _DENSITIES)
     test_size = _arguments.check_number(test_size, "test_size", "(0, 1)")
+    if max_epochs is not None:
+        _arguments.check_positive_int(max_epochs, "max_epochs")
     _arguments.check_positive_int(n_samples, "n_samples")
     pairs = [(a, b) for a in likelihoods for b in densities if _exists(a, b)]
     if not pairs:
@@ -131,6 +144,7 @@ def compare_likelihoods(
         "continuous_condition_keys": continuous_condition_keys,
         "batch_key": batch_key,
     }
+    _check_labels_are_known(adata.obs, test, setup)
     training: dict[str, Any] = {"accelerator": accelerator, "progress_bar": progress_bar}
     scores = {}
     for likelihood, density in pairs:
@@ -213,7 +227,37 @@ def _held_out(
             f"{test.sum()} cells would be held out and {(~test).sum()} trained on; at least "
             f"{_MIN_CELLS} of both are needed. Change test_size, or give more cells."
         )
+    if unit is not None and len(np.unique(unit)) == 1:
+        warnings.warn(
+            f"One label of obs[{split_key!r}] (split_key) is held out, "
+            f"{unit[0]!r}: how labels differ is not known, and difference_se is NaN. A larger "
+            "test_size holds out several.",
+            DataQualityWarning,
+            stacklevel=3,
+        )
     return test, unit
+
+
+def _check_labels_are_known(obs: pd.DataFrame, test: np.ndarray, setup: dict[str, Any]) -> None:
+    """Refuse held-out labels that no model will have seen, before one is trained.
+
+    Raises
+    ------
+    ValueError
+        If there are any.
+    """
+    keys = [
+        *key_list(setup["categorical_condition_keys"], "categorical_condition_keys", many=True),
+        *key_list(setup["batch_key"], "batch_key", many=False),
+    ]
+    for key in (key for key in keys if key in obs):  # setup says which are missing
+        unseen = np.setdiff1d(*(obs[key][rows].dropna().astype(str) for rows in (test, ~test)))
+        if unseen.size:
+            raise ValueError(
+                f"obs[{key!r}] has labels in held-out cells only: {name_some(unseen)}. Models "
+                "know the labels that they were trained on: take another split_key or seed, "
+                "leave these cells out, or the condition."
+            )
 
 
 def _cells(
@@ -249,10 +293,6 @@ def _interval_log_pmf(
     seed: int,
 ) -> np.ndarray:
     """Log-probability of counts under a model of normalised values, a bound, ``(n_obs,)``."""
-    import warnings
-
-    from exprgen._errors import ExtrapolationWarning
-
     with warnings.catch_warnings():
         # Values below the least of training have an interval like all others.
         warnings.simplefilter("ignore", ExtrapolationWarning)

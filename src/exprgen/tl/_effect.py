@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+    from mudata import MuData
 
     from exprgen.models._query import Query
 
@@ -60,7 +61,7 @@ def effect(
     library: float | None = None,
     pseudocount: float = 0.1,
     n_samples: int = 2000,
-    adata: AnnData | None = None,
+    adata: AnnData | MuData | None = None,
     key_added: str | None = "effect",
     seed: int | None = None,
 ) -> pd.DataFrame:
@@ -97,7 +98,8 @@ def effect(
     n_samples
         Draws of the latent state per side and model.
     adata
-        Where to write, in the layout of :func:`scanpy.tl.rank_genes_groups`; ``None`` nowhere.
+        Where to write, in the layout of :func:`scanpy.tl.rank_genes_groups`: an AnnData, or a
+        MuData, to whose modelled modality results go; ``None`` nowhere.
     key_added
         Key of ``adata.uns``.
     seed
@@ -133,8 +135,9 @@ def effect(
         one._check_has_depth(library=library)
     library = _LIBRARY if library is None else library
     library = _arguments.check_number(library, "library", "(0, inf)")
-    if adata is not None:
-        check_ranked_key(adata, key_added, _METHOD)
+    home = None if adata is None else models[0]._home(adata)
+    if home is not None:
+        check_ranked_key(home, key_added, _METHOD)
     seed = resolve_seed(seed)
     group, reference = _names(models[0], a, b)
     under_a, under_b = (
@@ -149,7 +152,7 @@ def effect(
     table.insert(0, "names", models[0].var_names.to_numpy())
     table.insert(0, "group", group)
     table = table.sort_values("scores", ascending=False, kind="stable", ignore_index=True)
-    if adata is not None and key_added is not None:
+    if home is not None and key_added is not None:
         params = {
             "groupby": ", ".join(models[0].schema.condition_keys),
             "reference": reference,
@@ -164,7 +167,7 @@ def effect(
             "n_samples": n_samples,
             "seed": seed,
         }
-        store_ranked(adata, key_added, table, params)
+        store_ranked(home, key_added, table, params)
     return table
 
 

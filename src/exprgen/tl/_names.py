@@ -36,11 +36,15 @@ def text_labels(obs: pd.DataFrame, key: str, argument: str, where: str = "obs") 
 
     Raises
     ------
+    TypeError
+        If ``key`` is no name.
     KeyError
         If there is no such column.
     CovariateError
         If cells have no label.
     """
+    if not isinstance(key, str):
+        raise TypeError(f"{argument} must be the name of one column of {where}, got {key!r}.")
     if key not in obs:
         raise KeyError(f"{argument}={key!r} is no column of {where}.{closest(key, obs.columns)}")
     column = obs[key]
