@@ -137,8 +137,8 @@ def augmentation_test(
     held = read(asked, reference, groupby, layer, name="test")
     if len(known.sizes) < 2:
         raise ValueError(
-            f"train has cells of one group ({name_some(known.sizes)}): a classifier "
-            f"needs two or more in obs[{groupby!r}] (groupby)."
+            f"obs[{groupby!r}] (groupby) of train has {len(known.sizes)} labels: a classifier "
+            "needs two or more to tell apart."
         )
     unit = _units(train, test, known, held, model, split_key)
     missing = shortages(known.groups, n_obs)
