@@ -29,6 +29,7 @@ from exprgen.tl._classifier import check_classifier, fit
 from exprgen.tl._counts import gene_positions, read_counts
 from exprgen.tl._halves import read, same_cells
 from exprgen.tl._names import text_labels
+from exprgen.tl._paired_bootstrap import compared, f1_of_draws, weights_of_units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,9 +177,11 @@ def augmentation_test(
                 continue
             fitted = fit(classifier, *training[arm], seed)
             predicted[arm].append(np.asarray(fitted.predict(held.values)).astype(str))
-    weights = _weights(unit, n_bootstrap, rng)
+    weights = weights_of_units(unit, n_bootstrap, rng)
     scores = {
-        arm: np.mean([_f1(p, held.groups, groups, unit, weights) for p in predicted[arm]], 0)
+        arm: np.mean(
+            [f1_of_draws(p, held.groups, groups, unit, weights) for p in predicted[arm]], 0
+        )
         for arm in _ARMS
     }
     at = {"filled groups": np.isin(groups, filled), "macro": np.ones(len(groups), bool)}
@@ -189,7 +192,7 @@ def augmentation_test(
         for baseline, arm in combinations(_ARMS, 2):
             rows.append(
                 {"metric": metric, "comparison": f"{arm} - {baseline}"}
-                | _compared(values[arm], values[baseline], level)
+                | compared(values[arm], values[baseline], level)
             )
     table = pd.DataFrame(rows)
     table.attrs = {
@@ -271,52 +274,6 @@ def _units(
             stacklevel=3,
         )
     return unit
-
-
-def _weights(unit: np.ndarray, n_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each unit is drawn, ``(1 + n_bootstrap, n_units)``; all of them once at first."""
-    n = int(unit.max()) + 1
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
-    return np.vstack([np.ones((1, n), drawn.dtype), drawn]).astype(np.float32)
-
-
-def _f1(
-    predicted: np.ndarray,
-    truth: np.ndarray,
-    groups: np.ndarray,
-    unit: np.ndarray,
-    weights: np.ndarray,
-) -> np.ndarray:
-    """F1 of each group on each draw of the units, ``(n_draws, n_groups)``; 0 where undefined."""
-    n = weights.shape[1]
-
-    def per_unit(condition: np.ndarray) -> np.ndarray:
-        return np.bincount(unit, condition, minlength=n)
-
-    scores = np.zeros((len(weights), len(groups)))
-    for i, group in enumerate(groups):
-        is_group, called = truth == group, predicted == group
-        hits = weights @ per_unit(is_group & called)
-        both = weights @ (per_unit(is_group) + per_unit(called))
-        scores[:, i] = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
-    return scores
-
-
-def _compared(value: np.ndarray, baseline: np.ndarray, level: float) -> dict[str, float]:
-    """Two scores, their first entry observed and the others bootstrapped."""
-    difference = value - baseline
-    drawn = difference[1:]
-    lower, upper = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    n = len(drawn)
-    below, above = ((drawn <= 0).sum() + 1) / (n + 1), ((drawn >= 0).sum() + 1) / (n + 1)
-    return {
-        "value": value[0],
-        "baseline": baseline[0],
-        "difference": difference[0],
-        "lower": lower,
-        "upper": upper,
-        "p_value": min(1.0, 2 * min(below, above)),
-    }
 
 
 def _verdict(table: pd.DataFrame) -> str:

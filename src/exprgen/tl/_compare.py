@@ -26,13 +26,13 @@ import torch
 from exprgen import _arguments
 from exprgen._errors import DataQualityWarning, ExtrapolationWarning, name_some
 from exprgen._random import generator, resolve_seed
-from exprgen._tables import key_list
 from exprgen._validate import check_anndata
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL
 from exprgen.tl._counts import read_counts
-from exprgen.tl._names import check_names, text_labels
+from exprgen.tl._held_out import check_labels_are_known, held_out
+from exprgen.tl._names import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,6 @@ _OF_COUNTS = ("poisson", "nb", "contaminated_nb", "zinb")
 _CONTINUOUS = ("gaussian", "mixture_of_gaussians")
 _DENSITIES = ("mixture", "gaussian", "flow", "path")
 _SCALE = 1e4
-_MIN_CELLS = 10
 
 
 def compare_likelihoods(
@@ -138,13 +137,20 @@ def compare_likelihoods(
         )
     counts = read_counts(adata, layer, name="adata")
     seed = resolve_seed(seed)
-    test, unit = _held_out(adata, test_size, split_key, seed)
+    test, unit = held_out(adata, test_size, split_key, seed)
     setup: dict[str, Any] = {
         "categorical_condition_keys": categorical_condition_keys,
         "continuous_condition_keys": continuous_condition_keys,
         "batch_key": batch_key,
     }
-    _check_labels_are_known(adata.obs, test, setup)
+    check_labels_are_known(adata.obs, test, setup)
+    if unit is not None and len(np.unique(unit)) == 1:
+        warnings.warn(
+            f"One label of obs[{split_key!r}] (split_key) is held out, {unit[0]!r}: how labels "
+            "differ is not known, and difference_se is NaN. A larger test_size holds out several.",
+            DataQualityWarning,
+            stacklevel=2,
+        )
     training: dict[str, Any] = {"accelerator": accelerator, "progress_bar": progress_bar}
     scores = {}
     for likelihood, density in pairs:
@@ -205,59 +211,6 @@ def _model(likelihood: str, density: str) -> tuple[type[GenerativeModel], dict[s
         return ZINBVAE, {"density": density}
     model_class = CondVAE if likelihood in _CONTINUOUS else NBVAE
     return model_class, {"likelihood": likelihood, "density": density}
-
-
-def _held_out(
-    adata: AnnData, test_size: float, split_key: str | None, seed: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which cells are held out ``(n_obs,)``, and the label of each of these if they go whole."""
-    rng = np.random.default_rng(seed)
-    if split_key is None:
-        test = np.zeros(adata.n_obs, dtype=bool)
-        test[rng.permutation(adata.n_obs)[: round(test_size * adata.n_obs)]] = True
-        unit = None
-    else:
-        labels = text_labels(adata.obs, split_key, "split_key")
-        known = np.unique(labels)
-        n_held = max(1, round(test_size * len(known)))
-        test = np.isin(labels, rng.permutation(known)[:n_held])
-        unit = labels[test]
-    if min(test.sum(), (~test).sum()) < _MIN_CELLS:
-        raise ValueError(
-            f"{test.sum()} cells would be held out and {(~test).sum()} trained on; at least "
-            f"{_MIN_CELLS} of both are needed. Change test_size, or give more cells."
-        )
-    if unit is not None and len(np.unique(unit)) == 1:
-        warnings.warn(
-            f"One label of obs[{split_key!r}] (split_key) is held out, "
-            f"{unit[0]!r}: how labels differ is not known, and difference_se is NaN. A larger "
-            "test_size holds out several.",
-            DataQualityWarning,
-            stacklevel=3,
-        )
-    return test, unit
-
-
-def _check_labels_are_known(obs: pd.DataFrame, test: np.ndarray, setup: dict[str, Any]) -> None:
-    """Refuse held-out labels that no model will have seen, before one is trained.
-
-    Raises
-    ------
-    ValueError
-        If there are any.
-    """
-    keys = [
-        *key_list(setup["categorical_condition_keys"], "categorical_condition_keys", many=True),
-        *key_list(setup["batch_key"], "batch_key", many=False),
-    ]
-    for key in (key for key in keys if key in obs):  # setup says which are missing
-        unseen = np.setdiff1d(*(obs[key][rows].dropna().astype(str) for rows in (test, ~test)))
-        if unseen.size:
-            raise ValueError(
-                f"obs[{key!r}] has labels in held-out cells only: {name_some(unseen)}. Models "
-                "know the labels that they were trained on: take another split_key or seed, "
-                "leave these cells out, or the condition."
-            )
 
 
 def _cells(
