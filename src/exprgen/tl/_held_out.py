@@ -22,7 +22,15 @@ _MIN_CELLS = 10
 def held_out(
     adata: AnnData, test_size: float, split_key: str | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which cells are held out ``(n_obs,)``, and the label of each of these if they go whole."""
+    """Which cells are held out ``(n_obs,)``, and the label of each of these if they go whole.
+
+    Raises
+    ------
+    TypeError, KeyError, CovariateError
+        If ``split_key`` is no column without gaps.
+    ValueError
+        If cells are too few on one side.
+    """
     rng = np.random.default_rng(seed)
     if split_key is None:
         test = np.zeros(adata.n_obs, dtype=bool)
