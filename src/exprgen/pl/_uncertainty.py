@@ -149,7 +149,7 @@ def uncertainty(
 
 def columns_of(genes: str | Sequence[str], predicted: Predicted) -> np.ndarray:
     """Positions of the named genes among those that were predicted."""
-    return check_genes(check_names(genes, "genes", "several"), predicted.genes)
+    return check_genes(check_names(genes, "genes", ""), predicted.genes)
 
 
 def _interval(interval: Sequence[str], predicted: Predicted) -> list[Any]:

@@ -190,7 +190,7 @@ def compare_likelihoods(
 
 def _chosen(given: str | Sequence[str], name: str, allowed: Sequence[str]) -> list[str]:
     """Names, all of which are allowed."""
-    names = check_names(given, name, "several")
+    names = check_names(given, name, "")
     if not names:
         raise ValueError(f"{name} is empty; name some of {', '.join(allowed)}.")
     for one in names:

@@ -28,7 +28,8 @@ def check_names(given: Any, argument: str, others: str = "None") -> list[str]:
         names = list(names)
         if all(isinstance(name, str) for name in names):
             return list(dict.fromkeys(names))
-    raise TypeError(f"{argument} must be a name, a list of names, or {others}, got {given!r}.")
+    allowed = f"a name, a list of names, or {others}" if others else "a name or a list of names"
+    raise TypeError(f"{argument} must be {allowed}, got {given!r}.")
 
 
 def text_labels(obs: pd.DataFrame, key: str, argument: str, where: str = "obs") -> np.ndarray:
