@@ -12,7 +12,7 @@ import exprgen
 from exprgen import tl
 from exprgen._errors import CovariateError, ReproducibilityWarning
 from exprgen.tl._augment import shortages
-from exprgen.tl._augmentation_test import _compared, _f1, _weights
+from exprgen.tl._paired_bootstrap import compared, f1_of_draws, weights_of_units
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_bootstrapped_f1_is_scikit_learns():
     rng = np.random.default_rng(0)
     truth, predicted = rng.choice(list("abc"), (2, 60))
     unit = np.repeat(np.arange(12), 5)
-    weights = _weights(unit, 100, rng)
-    scores = _f1(predicted, truth, np.array(list("abc")), unit, weights)
+    weights = weights_of_units(unit, 100, rng)
+    scores = f1_of_draws(predicted, truth, np.array(list("abc")), unit, weights)
     for draw in (0, 1, 57):
         w = weights[draw][unit]
         expected = f1_score(truth, predicted, labels=list("abc"), average=None, sample_weight=w)
@@ -130,9 +130,11 @@ def test_intervals_cover_and_no_difference_is_none():
         labels = [np.where(truth ^ w, "x", "y") for w in wrong]
         known = np.where(truth, "x", "y")
         unit = np.arange(150)
-        weights = _weights(unit, 200, rng)
-        first, second = (_f1(p, known, np.array(["x"]), unit, weights)[:, 0] for p in labels)
-        found = _compared(first, second, 0.9)
+        weights = weights_of_units(unit, 200, rng)
+        first, second = (
+            f1_of_draws(p, known, np.array(["x"]), unit, weights)[:, 0] for p in labels
+        )
+        found = compared(first, second, 0.9)
         covered.append(found["lower"] <= 0 <= found["upper"])
     assert np.mean(covered) == pytest.approx(0.9, abs=0.07)
 

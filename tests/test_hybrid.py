@@ -34,7 +34,7 @@ from exprgen.means import CallableMean, SklearnMean
 from exprgen.module import ExpressionModule
 from exprgen.spaces import KnownMean, ResidualSpace
 from exprgen.spaces._factors import donor_effects, noise_of, shared_axes
-from exprgen.spaces._scale import fit_log_scale
+from exprgen.spaces._scale import fit_log_scale, left_out_log_scale
 
 QUIET = {"progress_bar": False}
 CPU = {"accelerator": "cpu", **QUIET}
@@ -183,7 +183,9 @@ def test_scales_are_the_penalised_likelihoods_own():
     features = np.column_stack([np.ones(n), rng.integers(0, 2, n), rng.normal(size=n)])
     truth = np.array([[0.2, -1.0], [1.0, 0.0], [0.0, 0.4]])
     residuals = rng.normal(size=(n, 2)) * np.exp(features @ truth)
-    coefficients, left_out = fit_log_scale(features, residuals, np.random.default_rng(1))
+    parts = np.random.default_rng(1)
+    coefficients, precision = fit_log_scale(features, residuals, parts)
+    left_out = left_out_log_scale(features, residuals, coefficients, precision, parts)
     np.testing.assert_allclose(coefficients, truth, atol=0.2)
     np.testing.assert_allclose(left_out, features @ coefficients, atol=0.25)
     # Each cell's scale comes of a fit without it: closer to the truth than to its own residual.

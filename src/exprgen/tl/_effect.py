@@ -100,7 +100,7 @@ def effect(
         Draws of the latent state per side and model.
     adata
         Where to write, in the layout of :func:`scanpy.tl.rank_genes_groups`: an object with the
-        model's genes, no view. ``None`` nowhere.
+        model's genes, no view; of a MuData its modelled modality. ``None`` nowhere.
     key_added
         Key of ``adata.uns``.
     seed
