@@ -24,7 +24,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from exprgen import NBVAE, ZINBVAE, ExprDiffusion, ExprFlow, HybridResidualModel
+from exprgen import NBVAE, ZINBVAE, CondVAE, ExprDiffusion, ExprFlow, HybridResidualModel
 from exprgen.datasets import simulate_latent
 from exprgen.models import GenerativeModel
 
@@ -39,13 +39,12 @@ TINY = {"n_hidden": 8, "n_latent": 2, "n_components": 2}
 TINY_PATH = {**TINY, "density_hidden": 8, "density_layers": 1}
 PATHS = (ExprFlow, ExprDiffusion)
 """Models of two stages."""
-every_model = pytest.mark.parametrize(
-    "model",
-    [NBVAE, ZINBVAE, *PATHS, HybridResidualModel],
-    indirect=True,
-    ids=lambda model: model.__name__,
+OF_COUNTS = (NBVAE, ZINBVAE, *PATHS, HybridResidualModel)
+MODELS = (*OF_COUNTS, CondVAE)
+every_class = pytest.mark.parametrize(
+    "model_class", MODELS, ids=lambda model_class: model_class.__name__
 )
-"""A row that is not of one model: what verbs share is tested with one of each kind."""
+"""A row about setup or training."""
 N_OBS, N_VARS = 90, 12
 
 
@@ -58,7 +57,13 @@ def make_cells(n_obs: int = N_OBS) -> AnnData:
     obs = simulated.obs[["cell_type", "batch", "donor", "dose"]]
     adata = AnnData(simulated.X, obs=obs, var=pd.DataFrame(index=simulated.var_names))
     adata.layers["counts"] = adata.X.copy()
+    adata.layers["log"] = adata.X.log1p()
     return adata
+
+
+def roles_of(model_class: type[GenerativeModel]) -> dict[str, Any]:
+    """Setup with a column in every role."""
+    return ROLES if model_class.needs_counts else {**ROLES, "layer": "log"}
 
 
 def fit(
@@ -82,7 +87,7 @@ def fit(
 @cache
 def trained_on_all_roles(model_class: type[GenerativeModel] = NBVAE) -> Any:
     """Tests give it copies to write to."""
-    return fit(make_cells(), model_class=model_class, max_epochs=3, **ROLES)
+    return fit(make_cells(), model_class=model_class, max_epochs=3, **roles_of(model_class))
 
 
 @cache
