@@ -61,9 +61,19 @@ def make_cells(n_obs: int = N_OBS) -> AnnData:
     return adata
 
 
-def roles_of(model_class: type[GenerativeModel]) -> dict[str, Any]:
-    """Setup with a column in every role."""
-    return ROLES if model_class.needs_counts else {**ROLES, "layer": "log"}
+def layer_of(model_class: type[GenerativeModel]) -> str:
+    """The layer of values that a model takes."""
+    return "counts" if model_class.needs_counts else "log"
+
+
+def set_up(
+    adata: AnnData, model_class: type[GenerativeModel] = NBVAE, **setup: Any
+) -> type[GenerativeModel]:
+    """Set up on the counts, or on their logarithms where a model takes these."""
+    if not model_class.needs_counts and setup.get("layer") in (None, "counts"):
+        setup["layer"] = "log"
+    model_class.setup_anndata(adata, **setup)
+    return model_class
 
 
 def fit(
@@ -74,7 +84,7 @@ def fit(
     seed: int = 0,
     **setup: Any,
 ) -> Any:
-    model_class.setup_anndata(adata, **setup)
+    set_up(adata, model_class, **setup)
     if model_class in PATHS:
         model = model_class(adata, seed=seed, **TINY_PATH)
         second = {"density_kwargs": {"max_epochs": max_epochs}}
@@ -87,7 +97,7 @@ def fit(
 @cache
 def trained_on_all_roles(model_class: type[GenerativeModel] = NBVAE) -> Any:
     """Tests give it copies to write to."""
-    return fit(make_cells(), model_class=model_class, max_epochs=3, **roles_of(model_class))
+    return fit(make_cells(), model_class=model_class, max_epochs=3, **ROLES)
 
 
 @cache

@@ -32,9 +32,10 @@ from faults import (
     every_class,
     fit,
     latent_of,
+    layer_of,
     make_cells,
     refused,
-    roles_of,
+    set_up,
     trained_on_all_roles,
     untouched,
     warned,
@@ -102,11 +103,11 @@ def load_is_refused(
     folder: Path,
     error: type[Exception],
     *names: Any,
-    **kw: Any,
+    **kwargs: Any,
 ) -> None:
     before = contents(folder) if folder.is_dir() else None
     with refused(error, *names):
-        model_class.load(folder, **kw)
+        model_class.load(folder, **kwargs)
     if before is not None:
         assert contents(folder) == before
 
@@ -126,9 +127,8 @@ def test_E01_malicious_weights(model_class, folder, tmp_path, form):
     evil = Evil(tmp_path / "sentinel")
     with (folder / "model.pt").open("wb") as file:
         (torch.save if form == "torch" else pickle.dump)({"model_state_dict": evil}, file)
-    load_is_refused(
-        model_class, folder, CheckpointError, "model.pt", "corrupted"
-    )  # its checksum differs
+    # Its checksum differs.
+    load_is_refused(model_class, folder, CheckpointError, "model.pt", "corrupted")
     rewrite_manifest(folder)
     named = "system" if form == "torch" else "no archive of tensors"
     load_is_refused(model_class, folder, UntrustedFileError, "model.pt", named)
@@ -363,7 +363,7 @@ def test_E06_genes_in_another_order(model_class, folder, model, adata):
 
 
 def test_E06_data_that_do_not_fit(model_class, folder, adata):
-    layer = roles_of(model_class)["layer"]
+    layer = layer_of(model_class)
     for cells, error, names in (
         (adata[:, :5].copy(), GeneMismatchError, ["7 of the model's 12", "'gene_5'"]),
         (with_obs(adata, drop="dose"), CovariateError, ["'dose'"]),
@@ -450,7 +450,7 @@ def status_of(child: int) -> int:
 @pytest.fixture
 def other(model_class) -> Any:
     """Another model of the class."""
-    return fit(make_cells(), model_class=model_class, seed=1, **roles_of(model_class))
+    return fit(make_cells(), model_class=model_class, seed=1, **ROLES)
 
 
 @parametrize("deadly", [True, False], ids=["killed", "disk full"])
@@ -465,7 +465,7 @@ def test_E09_old_model_survives(model_class, folder, model, other, deadly, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
         other.save(folder, overwrite=True)
 
-    for offset in np.linspace(0, size - 1, 20, dtype=int):
+    for offset in np.linspace(0, size - 1, 20 if deadly else 5, dtype=int):
         ended = status_of(spawn(lambda offset=int(offset): save(offset)))
         assert ended == (-signal.SIGXFSZ if deadly else errno.EFBIG)
         assert {k: v for k, v in contents(folder).items() if not k.startswith(".")} == before
@@ -642,7 +642,7 @@ def test_E14_data_that_were_not_saved_with_it_are_not_read(model_class, folder, 
 
 @every_class
 def test_E14_untrained(adata, tmp_path, model_class):
-    model_class.setup_anndata(adata, **roles_of(model_class))
+    set_up(adata, model_class, **ROLES)
     model_class(adata).save(tmp_path / "model")
     with refused(RuntimeError, "not trained"):
         model_class.load(tmp_path / "model").sample(T0)

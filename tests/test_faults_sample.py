@@ -33,7 +33,7 @@ from faults import (
     latent_of,
     make_cells,
     refused,
-    roles_of,
+    set_up,
     trained_on_all_roles,
     trained_on_counts,
     untouched,
@@ -341,7 +341,7 @@ def test_C13_blocks(model):
 
 @every_class
 def test_C14_untrained(adata, model_class):
-    model_class.setup_anndata(adata, **roles_of(model_class))
+    set_up(adata, model_class, **ROLES)
     model = model_class(adata, **TINY)
     for verb in [*VERBS.values(), lambda model, _: model.sample(T0)]:
         with refused(RuntimeError, model_class.__name__, "not trained", "train()", of=adata):
