@@ -34,6 +34,20 @@ PROJECT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EXPRGEN_TEST_DATA", PROJECT.parent / "shared" / "data"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reliability", type=Path, help="run the fault catalogue; write its table to this file"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--reliability")) is not None:
+        from reliability import Reliability
+
+        plugin = Reliability(path, is_worker=hasattr(config, "workerinput"))
+        config.pluginmanager.register(plugin)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """The path of a file of the data folder; the test is skipped where it is absent."""

@@ -45,6 +45,8 @@ every_class = pytest.mark.parametrize(
     "model_class", MODELS, ids=lambda model_class: model_class.__name__
 )
 """A row about setup or training."""
+SET_UP: set[str] = set()
+"""Names of the classes that were set up, for the table of the catalogue."""
 N_OBS, N_VARS = 90, 12
 
 
@@ -70,6 +72,7 @@ def set_up(
     adata: AnnData, model_class: type[GenerativeModel] = NBVAE, **setup: Any
 ) -> type[GenerativeModel]:
     """Set up on the counts, or on their logarithms where a model takes these."""
+    SET_UP.add(model_class.__name__)
     if not model_class.needs_counts and setup.get("layer") in (None, "counts"):
         setup["layer"] = "log"
     model_class.setup_anndata(adata, **setup)

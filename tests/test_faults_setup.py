@@ -1,8 +1,6 @@
 """The fault catalogue, rows A01 to A46: what ``setup_anndata`` takes, and what it leaves alone.
 
-A test per row, by its id. Models of counts share one setup, and are tested with one of them. Not
-here are rows of other models: A14 and A15 (log-space models). Where a row was decided differently,
-its test says so.
+A test per row, by its id. Where a row was decided differently, its test says so.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -48,7 +47,7 @@ from faults import (
 )
 from scipy import sparse
 
-from exprgen import NBVAE, ZINBVAE, CondVAE
+from exprgen import NBVAE, ZINBVAE, CondVAE, HybridResidualModel
 from exprgen._errors import (
     CovariateError,
     DataQualityWarning,
@@ -58,6 +57,9 @@ from exprgen._errors import (
 from exprgen.models import GenerativeModel
 
 parametrize = pytest.mark.parametrize
+of_continuous = parametrize("model_class", (CondVAE, *PATHS, HybridResidualModel))
+"""A row about models that take logarithms, alone or as well as counts."""
+IN_GENES = {"n_latent": 2, "density_hidden": 8, "density_layers": 1}
 dense_csr_csc = parametrize(
     "form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix], ids=["dense", "csr", "csc"]
 )
@@ -289,6 +291,53 @@ def test_A13_logarithms(adata):
 
 
 @parametrize(
+    ("model_class", "shape", "training", "doubts"),
+    [
+        (CondVAE, TINY, {"max_epochs": 2}, []),
+        *((path, IN_GENES, {"density_kwargs": {"max_epochs": 2}}, []) for path in PATHS),
+        (HybridResidualModel, {}, {}, ["their gene's least"]),
+    ],
+)
+def test_A14_logarithms_to_a_model_of_them(adata, model_class, shape, training, doubts, tmp_path):
+    adata.uns["log1p"] = {"base": None}
+    before = digest(adata.layers["log"])
+    set_up(adata, model_class, layer="log")
+    model = model_class(adata, seed=0, **shape)
+    with warned(DataQualityWarning, *doubts) if doubts else nullcontext():
+        model.train(progress_bar=False, **training)
+    assert digest(adata.layers["log"]) == before
+    assert model.adata_manager.get_state_registry("conditions")["data_kind"] == "continuous"
+    assert not model.needs_counts
+    model.save(tmp_path / "model")
+    loaded = model_class.load(tmp_path / "model")
+    assert not loaded.needs_counts
+    for drawn in (model.sample(n_obs=50, seed=0).X, loaded.sample(n_obs=50, seed=0).X):
+        assert np.isfinite(densely(drawn)).all()
+        assert (densely(drawn) % 1 != 0).any()
+    assert np.isfinite(model.log_likelihood(n_samples=2)).all()
+
+
+@of_continuous
+def test_A15_depths_to_a_model_of_logarithms(adata, model_class):
+    # Normalised, which is no count, and not yet a logarithm.
+    adata.X = adata.X.toarray() / adata.X.sum(1).A1[:, None] * 1e4
+    with warned(DataQualityWarning, "adata.X", f"maximum {adata.X.max():g}", "sc.pp.log1p"):
+        model_class.setup_anndata(adata)
+
+
+@of_continuous
+def test_A15_raw_counts_to_a_model_of_logarithms(adata, model_class):
+    if not model_class.takes_continuous:  # of logarithms only
+        names = "adata.layers['counts']", f"maximum {adata.X.max():g}", "sc.pp.log1p"
+        with warned(DataQualityWarning, *names):
+            model_class.setup_anndata(adata, layer="counts")
+        return
+    model = fit(adata, model_class=model_class, layer="counts")
+    assert model.adata_manager.get_state_registry("conditions")["data_kind"] == "counts"
+    assert (densely(model.sample(n_obs=50, seed=0).X) % 1 == 0).all()
+
+
+@parametrize(
     "form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix], ids=["dense", "csr", "csc"]
 )
 @parametrize(
@@ -305,8 +354,10 @@ def test_A16_A17_A18_not_finite(adata, form, value, said):
 
 def test_A19_count_beyond_float32(adata):
     with_value(adata, 2.0**24 + 2)
-    with warned(DataQualityWarning, "adata.layers['counts']", "1 value above 2**24", "16777218"):
-        NBVAE.setup_anndata(adata, layer="counts")
+    names = "adata.layers['counts']", "1 value above 2**24", "16777218"
+    for model_class in OF_COUNTS:
+        with warned(DataQualityWarning, *names):
+            set_up(adata, model_class, layer="counts")
 
 
 @parametrize("value", [1e39, -1e39, 1e300])
