@@ -109,6 +109,9 @@ class AroundMean(GenerativeModel):
         codes = CodesWithMean(dataset.conditions, known, np.arange(len(known)))
         return CellDataset(dataset.reader, codes, dataset.library)
 
+    def _said(self) -> dict[str, Any]:
+        return {**super()._said(), "mean": self.mean.name}
+
     @property
     def _known_mean(self) -> KnownMean:
         return cast("KnownMean", self.module.space.mean)

@@ -1,6 +1,7 @@
-"""Training: the plans (what a step does), the data (which cells it sees), the best weights."""
+"""Training: the plans (what a step does), the data, the best weights, the checkpoints."""
 
 from exprgen.train._callbacks import KeepBestWeights
+from exprgen.train._checkpoint import FINISHED, KeepState, TrainingCheckpoint, digest_rows
 from exprgen.train._data import (
     CellDataModule,
     CellDataset,
@@ -18,16 +19,20 @@ from exprgen.train._plans import (
 )
 
 __all__ = [
+    "FINISHED",
     "CellDataModule",
     "CellDataset",
     "DensityTrainingPlan",
     "EncodedDataset",
     "GenerativeTrainingPlan",
     "KeepBestWeights",
+    "KeepState",
     "StagePlan",
+    "TrainingCheckpoint",
     "check_plan",
     "data_moments",
     "default_batch_size",
     "default_density_epochs",
     "default_max_epochs",
+    "digest_rows",
 ]
