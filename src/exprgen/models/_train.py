@@ -229,7 +229,8 @@ class TrainMixin(ResumeMixin):
             checkpoint = TrainingCheckpoint(checkpoint_dir, run, resume=resume)
         with self._returns_if_stopped(), self._all_or_nothing():
             fitted = self._fitted_rows(train_idx, val_idx)
-            dataset = self._with_training_means(dataset, fitted, val_idx)
+            with isolated(self.seed_):  # a predictor may draw, and its leading axes do
+                dataset = self._with_training_means(dataset, fitted, val_idx)
             stage = None if checkpoint is None else self._take_up(checkpoint, dataset)
             data = CellDataModule(dataset, train_idx, val_idx, batch_size)
             module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
