@@ -74,15 +74,16 @@ _HOMES = {
 def known_words(method: Callable[P, R]) -> Callable[P, R]:
     """Refuse keywords that a method does not have, and say where they belong."""
     known = inspect.signature(method).parameters.keys()
+    name = method.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @wraps(method)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for word in kwargs.keys() - known:
-            homes = [name for name, owners in _HOMES.items() if word in _words(*owners)]
+            homes = [home for home in _HOMES if home in known and word in _words(*_HOMES[home])]
             hint = closest(word, known)
             if homes:
                 hint = f" Give it as {' or '.join(homes)}={{{word!r}: ...}}."
-            raise TypeError(f"{method.__name__}() has no argument {word!r}.{hint}")
+            raise TypeError(f"{name}() has no argument {word!r}.{hint}")
         return method(*args, **kwargs)
 
     return checked
