@@ -329,18 +329,19 @@ def test_B05_a_trained_model_is_what_it_was(model):
     assert model.is_trained_
 
 
-POINTS = [
-    (model_class, stage, *point)
-    for model_class, stage in (
-        (NBVAE, "autoencoder"),
-        (ZINBVAE, "autoencoder"),
-        (HybridResidualModel, "autoencoder"),
-        *((model_class, stage) for model_class in PATHS for stage in ("autoencoder", "density")),
-    )
-    for point in np.random.default_rng(len(model_class.__name__ + stage))
-    .integers(3, size=(1, 2))
-    .tolist()
-] + [(NBVAE, "autoencoder", 0, 0), (NBVAE, "autoencoder", 2, 2), (ExprFlow, "density", 0, 0)]
+STAGES = [
+    *((model_class, "autoencoder") for model_class in (NBVAE, ZINBVAE, HybridResidualModel)),
+    *((model_class, stage) for model_class in PATHS for stage in ("autoencoder", "density")),
+]
+POINTS = [  # ten: one at random in every stage, and the first and last there are
+    *(
+        (*stage, *np.random.default_rng(i).integers(3, size=2).tolist())
+        for i, stage in enumerate(STAGES)
+    ),
+    (NBVAE, "autoencoder", 0, 0),
+    (ExprFlow, "density", 0, 0),
+    (ExprFlow, "density", 2, 2),
+]
 
 
 @pytest.mark.usefixtures("every_epoch")
@@ -497,26 +498,24 @@ def test_another_run_is_not_taken_up(model, folder, kwargs, names):
     assert not model.module.initialized
 
 
-def test_the_run_of_another_model_is_not_taken_up(model, folder):
-    cells = model.adata
-    others = cells.copy()
+def test_the_run_of_another_model_is_not_taken_up(folder):
+    others, moved = make_cells(), make_cells()
     others.layers["counts"].data[0] += 1
-    moved = cells.copy()
     moved.obs["dose"] = moved.obs["dose"].to_numpy()[::-1].copy()
     for other, name in (
         (untrained(ZINBVAE), "model ('NBVAE', now 'ZINBVAE')"),
-        (NBVAE(cells, seed=1, **TINY), "seed (0, now 1)"),
-        (NBVAE(cells, seed=0, **TINY | {"n_hidden": 9}), "n_hidden (8, now 9)"),
-        (_set_up(others), "cells"),
-        (_set_up(moved), "conditions"),
+        (_built(make_cells(), seed=1), "seed (0, now 1)"),
+        (_built(make_cells(), n_hidden=9), "n_hidden (8, now 9)"),
+        (_built(others), "cells"),
+        (_built(moved), "conditions"),
     ):
         with refused(CheckpointError, folder, "another run", name):
             train(other, checkpoint_dir=folder, resume=True)
 
 
-def _set_up(cells: Any) -> NBVAE:
+def _built(cells: Any, **arguments: Any) -> NBVAE:
     NBVAE.setup_anndata(cells, **ROLES)
-    return NBVAE(cells, seed=0, **TINY)
+    return NBVAE(cells, **{"seed": 0} | TINY | arguments)
 
 
 def test_E01_a_checkpoint_runs_no_code(model, folder):

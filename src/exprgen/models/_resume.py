@@ -51,6 +51,7 @@ class ResumeMixin(ModelCore):
             return None
         with naming(checkpoint.folder, "weights"):
             fill(self.module, content["weights"])
+        self.module.eval()  # as after the stage before
         with naming(checkpoint.folder, "state"):
             self.history_, self.is_trained_ = content["history"], content["is_trained"]
             before = content["means"]

@@ -247,7 +247,6 @@ class TrainMixin(ResumeMixin):
             }
             finish = partial(self._finish, data, keys, fitted)
             if stage == FINISHED:
-                module.eval()
                 finish()
                 return
             with isolated(self.seed_), quiet_lightning():
