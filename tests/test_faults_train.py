@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from faults import (
     PATHS,
     ROLES,
@@ -34,6 +35,7 @@ from faults import (
     warned,
 )
 from lightning.pytorch import Callback
+from scipy import sparse
 from scvi import settings
 
 from exprgen import NBVAE, ZINBVAE, ExprFlow, HybridResidualModel
@@ -394,6 +396,30 @@ class TestKilled:
 
             assert in_child(as_ordinary_user) == 0
             folder.chmod(0o755)
+
+    def test_B19_out_of_memory(self):
+        """What is free is not known everywhere; what was asked for is named, and nothing dies."""
+        resource = pytest.importorskip("resource")
+        pages = Path("/proc/self/statm")
+        if not pages.exists():
+            pytest.skip("needs /proc")
+        cells = AnnData(sparse.random(3000, 10_000, 1e-3, format="csr", dtype="float32", rng=0))
+        cells.X.data[:] = 1
+        cells.obs["cell_type"] = np.repeat(["a", "b"], 1500)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            HybridResidualModel.setup_anndata(cells, categorical_condition_keys=["cell_type"])
+        model = HybridResidualModel(cells, **TINY)
+
+        def capped() -> None:
+            most = int(pages.read_text().split()[0]) * resource.getpagesize() + 10**8
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            with pytest.raises(MemoryError, match=r"Unable to allocate .* \(3000, 10000\)"):
+                train(model)
+            if model.is_trained_ or model.module.initialized:
+                raise RuntimeError
+
+        assert in_child(capped) == 0
 
     def test_L01_two_processes_that_share_a_logging_folder(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -17,13 +17,14 @@ lower bounds, of which that with more samples is the tighter.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import name_some
+from exprgen._errors import TrainingStoppedWarning, name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
 from exprgen.models._progress import blocks
@@ -142,7 +143,9 @@ def compare_likelihoods(
         )
         model_class.setup_anndata(train, **setup)
         model = model_class(train, seed=seed, **arguments)
-        model.train(max_epochs, **training)
+        with warnings.catch_warnings():  # an interruption is one of all of them
+            warnings.simplefilter("error", TrainingStoppedWarning)
+            model.train(max_epochs, **training)
         if continuous:
             score = _interval_log_pmf(model, held, counts[test], n_samples, progress_bar, seed)
         else:

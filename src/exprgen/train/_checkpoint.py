@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from exprgen._errors import CheckpointError
 from exprgen._files import read_folder, write_folder
@@ -149,6 +150,7 @@ class TrainingCheckpoint(CheckpointIO):
         content, self.content = self.content or {}, None
         return content
 
+    @rank_zero_only
     def finish(self, weights: dict[str, Any], history: dict[str, Any] | None) -> None:
         """Write that the run is finished, and what came of it."""
         self.state |= {"stage": FINISHED, "history": history, "is_trained": True}
