@@ -193,11 +193,10 @@ class KeepState(Callback):
         """Add what Lightning does not know of."""
         for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             count["ready"] = count["processed"]  # the epoch that begins now is not half done
-        log = dict(getattr(trainer.logger, "history", {}))
         checkpoint |= {
             "weights": pl_module.module.state_dict(),
             "random": random_states(),
-            "log": log,
+            "log": dict(_log_of(trainer)),
         }
 
     def on_load_checkpoint(
@@ -205,7 +204,13 @@ class KeepState(Callback):
     ) -> None:
         """Take back what Lightning does not know of."""
         self._random = checkpoint["random"]
-        getattr(trainer.logger, "history", {}).update(checkpoint["log"])
+        _log_of(trainer).update(checkpoint["log"])
+
+
+def _log_of(trainer: Trainer) -> dict[str, Any]:
+    """What scvi-tools' logger has written down; the first of several processes has it."""
+    log = getattr(trainer.logger, "history", None)
+    return log if isinstance(log, dict) else {}
 
 
 def digest_rows(values: Any, block: int = 4096) -> str:
