@@ -325,7 +325,10 @@ def test_B05_a_trained_model_is_what_it_was(model):
         train(model, At(0, interrupt))
     assert model._fingerprint() == before
     assert model.history == history
-    with pytest.MonkeyPatch.context() as patch, warned(TrainingStoppedWarning, "before its first"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warned(TrainingStoppedWarning, "outside its epochs"),
+    ):
         patch.setattr(NBVAE, "_fitted_rows", lambda *args: interrupt())
         train(model)
     assert model.is_trained_
@@ -475,6 +478,37 @@ def test_a_finished_run_is_taken_over_as_it_is(model, tmp_path, caplog):
         train(model, checkpoint_dir=tmp_path / "a" / "b")
     with refused(ValueError, "resume=True needs checkpoint_dir"):
         train(model, resume=True)
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    options = {"max_epochs": 60, "early_stopping_patience": 4, "plan_kwargs": {"lr": 0.05}}
+    whole, stopped, taken_up = (untrained(NBVAE) for _ in range(3))
+    train(whole, **options)
+    n = len(whole.history["elbo_validation"])
+    assert 8 < n < 60
+    with warned(TrainingStoppedWarning, f"at epoch {n - 2} of 60"):
+        train(stopped, At(n - 2, interrupt), checkpoint_dir=tmp_path, **options)
+    train(taken_up, checkpoint_dir=tmp_path, resume=True, **options)
+    assert len(taken_up.history["elbo_validation"]) == n
+    assert taken_up._fingerprint() == whole._fingerprint()
+
+
+def test_the_folder_is_one(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with refused(NotADirectoryError, "checkpoint_dir", tmp_path / "file"):
+        train(model, checkpoint_dir=tmp_path / "file", resume=True)
+    with refused(TypeError, "checkpoint_dir", "5"):
+        train(model, checkpoint_dir=5)
+    with refused(TypeError, "resume", "'yes'"):
+        train(model, checkpoint_dir=tmp_path, resume="yes")
+    (tmp_path / "of others").write_text("theirs")
+    train(
+        model,
+        checkpoint_dir=tmp_path,
+        max_epochs=np.int64(1),
+        plan_kwargs={"lr": np.float32(0.25)},
+    )
+    assert (tmp_path / "of others").read_text() == "theirs"
 
 
 def test_a_second_run_is_taken_up(tmp_path):

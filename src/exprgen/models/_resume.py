@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from exprgen._errors import ReproducibilityWarning, TrainingStoppedWarning
-from exprgen._files import to_plain
 from exprgen.models._core import ModelCore, fingerprint
 from exprgen.models._save import fill, naming
 from exprgen.train import digest_rows
@@ -32,10 +31,10 @@ class ResumeMixin(ModelCore):
 
     def _said(self) -> dict[str, Any]:
         """What this model is, apart from its weights; JSON-able."""
-        said = {**self.init_params_["non_kwargs"], "setup": self._setup_args}
         learned_before = self.module.space if self.autoencoder_taken_over_ else None
         return {
-            **to_plain(said),
+            **self.init_params_["non_kwargs"],
+            "setup": self._setup_args,
             "model": type(self).__name__,
             "seed": self.seed_,
             "genes": digest_rows(pd.util.hash_array(self.var_names.to_numpy())),
@@ -81,7 +80,7 @@ class ResumeMixin(ModelCore):
             else:
                 left = "The model is not trained."
             warnings.warn(
-                f"Training was stopped {str(stop) or 'before its first epoch'}. {left} With "
+                f"Training was stopped {str(stop) or 'outside its epochs'}. {left} With "
                 "checkpoint_dir=, train(..., resume=True) goes on from there.",
                 TrainingStoppedWarning,
                 stacklevel=5,

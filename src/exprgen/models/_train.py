@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,6 @@ from exprgen.train import (
 )
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from lightning.pytorch import Callback
@@ -165,6 +165,8 @@ class TrainMixin(ResumeMixin):
                 _arguments.check_positive_int(value, name)
         for name, flag in (("early_stopping", early_stopping), ("resume", resume)):
             _arguments.check_bool(flag, name)
+        if not isinstance(checkpoint_dir, str | os.PathLike | None):
+            raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}.")
         if resume and checkpoint_dir is None:
             raise ValueError("resume=True needs checkpoint_dir, the folder of the checkpoint.")
         check_accelerator(accelerator)
@@ -207,7 +209,8 @@ class TrainMixin(ResumeMixin):
             )
         if max_epochs is None:
             max_epochs = default_max_epochs(len(train_idx))
-        elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
+        max_epochs = _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0)
+        if max_epochs == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
         checkpoint = None
@@ -410,7 +413,8 @@ class TrainMixin(ResumeMixin):
         kwargs = checked_words(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
         for name in sizes:
             if kwargs.get(name) is not None:
-                _arguments.check_positive_int(kwargs[name], f"density_kwargs[{name!r}]")
+                where = f"density_kwargs[{name!r}]"
+                kwargs[name] = _arguments.check_positive_int(kwargs[name], where)
         check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
         return {name: value for name, value in kwargs.items() if value is not None}
 

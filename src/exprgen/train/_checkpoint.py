@@ -76,13 +76,15 @@ class TrainingCheckpoint(CheckpointIO):
     ) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self._class = f"{run['model']}.train"
-        self._run = json.loads(json.dumps(run))
+        self._run = json.loads(json.dumps(run, default=np.generic.item))
         self._last, self._cost = -np.inf, 0.0
         self._has_warned = False
         self.content: dict[str, Any] | None = None
         """What is taken up; ``None`` if training begins, or when it has been taken up."""
         self.state: dict[str, Any] = {}
         """What is written besides: the stage, and what the model was before it."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"checkpoint_dir must be a folder; {self.folder} is a file.")
         places = (f"{PREFIX}{MANIFEST}", f".{PREFIX}saved")
         if not any((self.folder / name).exists() for name in places):
             if resume:
@@ -94,6 +96,8 @@ class TrainingCheckpoint(CheckpointIO):
             )
         else:
             self.content = self._read()
+            stage = self.content["stage"]
+            logger.info("Training is taken up from %s, stage: %s.", self.folder, stage)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK | os.X_OK):
             reason = "checkpoint_dir cannot be written to"
