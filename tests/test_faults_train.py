@@ -14,6 +14,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from lightning.pytorch import Callback
 from scipy import sparse
 from scvi import settings
 
-from exprgen import NBVAE, ZINBVAE, ExprFlow, HybridResidualModel
+from exprgen import NBVAE, ZINBVAE, CondVAE, ExprFlow, HybridResidualModel
 from exprgen._errors import (
     CheckpointError,
     ReproducibilityWarning,
@@ -478,6 +479,41 @@ def test_a_finished_run_is_taken_over_as_it_is(model, tmp_path, caplog):
         train(model, checkpoint_dir=tmp_path / "a" / "b")
     with refused(ValueError, "resume=True needs checkpoint_dir"):
         train(model, resume=True)
+
+
+@parametrize(
+    ("model_class", "arguments"),
+    [
+        (CondVAE, TINY),
+        (ExprFlow, {"density_hidden": 8, "density_layers": 1}),
+        (HybridResidualModel, {"density_hidden": 8, "density_layers": 1}),
+        (HybridResidualModel, {"density": "low_rank"}),
+    ],
+)
+def test_B06_continuous_values(tmp_path, model_class, arguments):
+    def build() -> Any:
+        cells = make_cells()
+        cells.X = np.log1p(cells.X.toarray())
+        roles = {k: v for k, v in ROLES.items() if k.endswith("condition_keys")}
+        model_class.setup_anndata(cells, **roles)
+        return model_class(cells, seed=0, **arguments)
+
+    def run(model: Any, *callbacks: Callback, **kwargs: Any) -> None:
+        in_genes = not model.module.space.is_learned
+        sizes = {"max_epochs": None, "batch_size": None} if in_genes else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*are their gene's least")
+            train(model, *callbacks, **sizes, **kwargs)
+
+    whole, stopped, taken_up = build(), build(), build()
+    run(whole)
+    stages = whole.module.space.is_learned or whole.module.has_density_stage
+    with warned(TrainingStoppedWarning, "at epoch 1 of 3") if stages else nullcontext():
+        run(stopped, At(1, interrupt, batch=0), checkpoint_dir=tmp_path)
+    run(taken_up, checkpoint_dir=tmp_path, resume=True)
+    assert taken_up._fingerprint() == whole._fingerprint()
+    assert_same(taken_up.history, whole.history)
+    assert_same(taken_up.sample(T0, 20, seed=0).X, whole.sample(T0, 20, seed=0).X)
 
 
 def test_early_stopping_goes_on_counting(tmp_path):

@@ -324,9 +324,8 @@ class TrainMixin(ResumeMixin):
         keep_best = KeepBestWeights(plan.monitor if data.n_val else None)
         callbacks, resumed = [keep_best, *callbacks], None
         if checkpoint is not None:
-            history, is_trained = before
-            now = {"stage": plan.stage, "history": history, "is_trained": is_trained}
-            checkpoint.state |= now
+            checkpoint.state["stage"] = plan.stage
+            checkpoint.state["history"], checkpoint.state["is_trained"] = before
             callbacks = [KeepState(checkpoint), *callbacks]
             resumed = None if checkpoint.content is None else str(checkpoint.folder)
         if several:
