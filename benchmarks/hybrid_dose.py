@@ -109,10 +109,11 @@ def held_out_doses(adata: AnnData, args: argparse.Namespace) -> tuple[pd.DataFra
     rng = np.random.default_rng(args.seed)
     is_low, is_middle = (adata.obs[RANK] == DOSES[dose] for dose in ("Low", "Middle"))
     drugs = rng.permutation(np.sort(adata.obs.loc[is_low, DRUG].unique()))
+    has_ends = np.isfinite(middle_of(adata, adata)).all(1)
     found: dict[str, list[Judged]] = {}
     ways: dict[str, list[np.ndarray]] = {}
     for split, some in enumerate(np.array_split(drugs, 3)[: 1 if args.quick else args.splits]):
-        out = (adata.obs[DRUG].isin(some) & is_middle).to_numpy()
+        out = (adata.obs[DRUG].isin(some) & is_middle & has_ends).to_numpy()
         train, test = adata[~out].copy(), adata[out].copy()
         for name, law in (*interpolated(train, test), with_noise(train, test)):
             found.setdefault(name, []).append(judged(law, test))

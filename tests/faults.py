@@ -24,7 +24,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from exprgen import NBVAE, ZINBVAE, ExprDiffusion, ExprFlow, HybridResidualModel
+from exprgen import NBVAE, ZINBVAE, CondVAE, ExprDiffusion, ExprFlow, HybridResidualModel
 from exprgen.datasets import simulate_latent
 from exprgen.models import GenerativeModel
 
@@ -39,13 +39,12 @@ TINY = {"n_hidden": 8, "n_latent": 2, "n_components": 2}
 TINY_PATH = {**TINY, "density_hidden": 8, "density_layers": 1}
 PATHS = (ExprFlow, ExprDiffusion)
 """Models of two stages."""
-every_model = pytest.mark.parametrize(
-    "model",
-    [NBVAE, ZINBVAE, *PATHS, HybridResidualModel],
-    indirect=True,
-    ids=lambda model: model.__name__,
+OF_COUNTS = (NBVAE, ZINBVAE, *PATHS, HybridResidualModel)
+MODELS = (*OF_COUNTS, CondVAE)
+every_class = pytest.mark.parametrize(
+    "model_class", MODELS, ids=lambda model_class: model_class.__name__
 )
-"""A row that is not of one model: what verbs share is tested with one of each kind."""
+"""A row about setup or training."""
 N_OBS, N_VARS = 90, 12
 
 
@@ -58,7 +57,23 @@ def make_cells(n_obs: int = N_OBS) -> AnnData:
     obs = simulated.obs[["cell_type", "batch", "donor", "dose"]]
     adata = AnnData(simulated.X, obs=obs, var=pd.DataFrame(index=simulated.var_names))
     adata.layers["counts"] = adata.X.copy()
+    adata.layers["log"] = adata.X.log1p()
     return adata
+
+
+def layer_of(model_class: type[GenerativeModel]) -> str:
+    """The layer of values that a model takes."""
+    return "counts" if model_class.needs_counts else "log"
+
+
+def set_up(
+    adata: AnnData, model_class: type[GenerativeModel] = NBVAE, **setup: Any
+) -> type[GenerativeModel]:
+    """Set up on the counts, or on their logarithms where a model takes these."""
+    if not model_class.needs_counts and setup.get("layer") in (None, "counts"):
+        setup["layer"] = "log"
+    model_class.setup_anndata(adata, **setup)
+    return model_class
 
 
 def fit(
@@ -69,7 +84,7 @@ def fit(
     seed: int = 0,
     **setup: Any,
 ) -> Any:
-    model_class.setup_anndata(adata, **setup)
+    set_up(adata, model_class, **setup)
     if model_class in PATHS:
         model = model_class(adata, seed=seed, **TINY_PATH)
         second = {"density_kwargs": {"max_epochs": max_epochs}}

@@ -10,9 +10,9 @@ from sklearn.metrics import f1_score
 
 import exprgen
 from exprgen import tl
-from exprgen._errors import CovariateError
+from exprgen._errors import CovariateError, ReproducibilityWarning
 from exprgen.tl._augment import shortages
-from exprgen.tl._augmentation_test import _compared, _f1, _weights
+from exprgen.tl._paired_bootstrap import compared, f1_of_draws, weights_of_units
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,39 @@ def test_groups_are_filled_and_real_cells_kept(cells, tmp_path):
     assert ad.read_h5ad(tmp_path / "full.h5ad").n_obs == full.n_obs
 
 
+def test_cells_drawn_for_another_donor_do_not_bear_a_real_ones_name(cells, tmp_path):
+    train, test, model = cells
+    options = {"groupby": "cell_type", "n_obs": "max", "progress_bar": False, "seed": 0}
+
+    def donors_of(adata, model):
+        full = tl.augment(adata, model, **options)
+        return set(full.obs.loc[full.obs["synthetic"], "donor"])
+
+    model.save(tmp_path / "coded")
+    coded = exprgen.NBVAE.load(tmp_path / "coded", adata=False)
+    real = set(train.obs["donor"])
+    assert donors_of(train, coded) == {f"new_donor_{i}" for i in range(len(real))}
+    # Of a model in memory those donors that it was not trained on.
+    both = ad.concat([train, test])
+    both.obs["donor"] = both.obs["donor"].cat.rename_categories({"donor_5": "new_donor_0"})
+    found = donors_of(both, model)
+    assert found == real | {"new_donor_1", "new_donor_2"}
+    with (
+        pytest.warns(ReproducibilityWarning, match="No cell of test was in its training"),
+        pytest.raises(ValueError, match="test has 2 donor"),
+    ):
+        tl.augmentation_test(train, test, coded, split_key="donor", **options)
+    model.save(tmp_path / "named", donor_labels=True)
+    named = exprgen.NBVAE.load(tmp_path / "named", adata=False)
+    first, second = (tl.augment(train, one, **options) for one in (model, named))
+    assert (first.X != second.X).nnz == 0
+    assert first.obs["donor"].tolist() == second.obs["donor"].tolist()
+    alike = train.copy()
+    alike.obs["donor"] = alike.obs["donor"].astype(str).where(np.arange(train.n_obs) > 3)
+    with pytest.raises(CovariateError, match="missing value"):
+        tl.augment(alike, model, **options)
+
+
 def test_sizes_that_can_be_asked_for(cells):
     train, _, model = cells
     labels = np.array(["a"] * 9 + ["b"] * 2 + ["c"] * 4)
@@ -79,8 +112,8 @@ def test_bootstrapped_f1_is_scikit_learns():
     rng = np.random.default_rng(0)
     truth, predicted = rng.choice(list("abc"), (2, 60))
     unit = np.repeat(np.arange(12), 5)
-    weights = _weights(unit, 100, rng)
-    scores = _f1(predicted, truth, np.array(list("abc")), unit, weights)
+    weights = weights_of_units(unit, 100, rng)
+    scores = f1_of_draws(predicted, truth, np.array(list("abc")), unit, weights)
     for draw in (0, 1, 57):
         w = weights[draw][unit]
         expected = f1_score(truth, predicted, labels=list("abc"), average=None, sample_weight=w)
@@ -97,9 +130,11 @@ def test_intervals_cover_and_no_difference_is_none():
         labels = [np.where(truth ^ w, "x", "y") for w in wrong]
         known = np.where(truth, "x", "y")
         unit = np.arange(150)
-        weights = _weights(unit, 200, rng)
-        first, second = (_f1(p, known, np.array(["x"]), unit, weights)[:, 0] for p in labels)
-        found = _compared(first, second, 0.9)
+        weights = weights_of_units(unit, 200, rng)
+        first, second = (
+            f1_of_draws(p, known, np.array(["x"]), unit, weights)[:, 0] for p in labels
+        )
+        found = compared(first, second, 0.9)
         covered.append(found["lower"] <= 0 <= found["upper"])
     assert np.mean(covered) == pytest.approx(0.9, abs=0.07)
 

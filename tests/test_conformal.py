@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from exprgen import _slots, tl
-from exprgen._errors import DataQualityWarning
+from exprgen._errors import CovariateError, DataQualityWarning
 from exprgen._levels import Law
 from exprgen.metrics import conformal_rank, conformal_threshold, coverage
 from exprgen.tl._predicted import observed, read_predicted
@@ -396,7 +396,7 @@ FAULTS = [
     (_gone, {}, KeyError, "calibration has no layer 'exprgen_q50', which predict wrote"),
     (_no_layer, {}, KeyError, "calibration's predictions do not say which layer was modelled"),
     (_no_group, {"groupby": "cell_type"}, ValueError, "1 of the groups of adata .*: 'b'"),
-    (_gap, {"groupby": "cell_type"}, ValueError, "2 cells of calibration have no label"),
+    (_gap, {"groupby": "cell_type"}, CovariateError, "calibration.obs.* has 2 missing"),
     (_own_layer, {}, ValueError, "names are taken"),
     (None, {"groupby": "celltype"}, KeyError, "no column of adata.obs. Did you mean 'cell_type'"),
     (None, {"key": "other"}, KeyError, "adata has no predictions under key='other'.*'exprgen'"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 from scipy import stats
 
 import exprgen
 from exprgen import tl
+from exprgen._errors import GeneMismatchError
 from exprgen.models._statistics import Predictive, mixture
 from exprgen.tl._effect_law import LawOfChange, columns_of, law_of_change
 
@@ -45,12 +47,12 @@ def test_interval_covers_what_one_more_seed_says():
     truth = rng.normal(0, 2, n_genes)
     said = truth + 0.3 * rng.standard_normal((n_models + 1, n_genes))
     parts = np.repeat(said[:n_models, None], 10, axis=1)
-    law = law_of_change(_Fake(), parts, [np.ones(n_genes)] * 2, None, 0.1)
+    law = law_of_change([_Fake()], parts, [np.ones(n_genes)] * 2, None, 0.1)
     table = columns_of(law, 0.0, 0.9)
     inside = (table["lower"] <= said[-1]) & (said[-1] <= table["upper"])
     assert inside.mean() == pytest.approx(0.9, abs=3 * np.sqrt(0.09 / n_genes))
     # Of no effect at all, as many p-values are below .1 as should be.
-    none = law_of_change(_Fake(), parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
+    none = law_of_change([_Fake()], parts - truth, [np.ones(n_genes)] * 2, None, 0.1)
     rejected = (columns_of(none, 0.0, 0.9)["pvals"] < 0.1).mean()
     assert rejected < 0.1  # a mean of four is surer than one more model
 
@@ -58,7 +60,7 @@ def test_interval_covers_what_one_more_seed_says():
 def test_monte_carlo_error_is_that_of_parts():
     rng = np.random.default_rng(1)
     parts = rng.normal(1, 0.5, (1, 10, 30_000))
-    law = law_of_change(_Fake(), parts, [np.ones(30_000)] * 2, None, 0.1)
+    law = law_of_change([_Fake()], parts, [np.ones(30_000)] * 2, None, 0.1)
     assert (law.sampling**0.5).mean() == pytest.approx(0.5 / np.sqrt(10), rel=0.05)
     assert law.dof[0] == pytest.approx(9)
     table = columns_of(law, 0.0, 0.9)
@@ -81,6 +83,22 @@ def test_donor_term_is_the_variance_of_studies_of_other_donors(models):
     more = tl.effect(model, A, B, n_donors=4 * n_donors, seed=0).set_index("names")
     np.testing.assert_allclose(
         more["std_donor"].loc[model.var_names], table["std_donor"] / 2, rtol=1e-6
+    )
+
+
+def test_donor_term_of_several_models_is_the_mean_of_theirs(models):
+    options = {"n_donors": 3, "seed": 0}
+    alone = [
+        tl.effect(model, A, B, **options).set_index("names").loc[model.var_names, "std_donor"]
+        for model in models
+    ]
+    together = tl.effect(models, A, B, **options).set_index("names").loc[models[0].var_names]
+    variance = np.mean([std**2 for std in alone], 0)
+    assert np.ptp(alone, axis=0).max() > 0.01  # they differ
+    np.testing.assert_allclose(together["std_donor"], np.sqrt(variance), rtol=1e-6)
+    turned = tl.effect(models[::-1], A, B, **options).set_index("names")
+    np.testing.assert_allclose(
+        turned["std_donor"].loc[together.index], together["std_donor"], rtol=1e-6
     )
 
 
@@ -144,6 +162,16 @@ def test_an_interval_of_nothing_is_refused(models):
     taken.uns["effect"] = 1
     with pytest.raises(ValueError, match="is taken"):
         tl.effect(models, A, B, adata=taken)
+    cells = models[0].adata
+    with pytest.raises(GeneMismatchError, match="3 of the model's 40 genes are missing"):
+        tl.effect(models, A, B, adata=cells[:, 3:].copy())
+    with pytest.raises(ValueError, match="adata is a view"):
+        tl.effect(models, A, B, adata=cells[:5])
+    with pytest.raises(TypeError, match="wants an AnnData, got DataFrame"):
+        tl.effect(models, A, B, adata=cells.obs)
+    with pytest.raises(ValueError, match=r"library must lie in \(0, 1e\+15\], got 1e\+300"):
+        tl.effect(models, A, B, library=1e300)
+    assert "effect" not in cells.uns
 
 
 # Ensembles -----------------------------------------------------------------------------------
@@ -180,6 +208,22 @@ def test_ensemble_is_the_law_of_total_variance_of_its_models(models, of):
     np.testing.assert_allclose(together["exprgen_std"] ** 2, total, rtol=1e-4)
     terms = sum(together[f"exprgen_std_{term}"] ** 2 for term in ("latent", "donor", "parameter"))
     assert (terms <= total * (1 + 1e-4)).all()
+
+
+def test_models_loaded_without_donors_labels_go_with_those_in_memory(models, tmp_path):
+    models[1].save(tmp_path / "coded")
+    mixed = [models[0], exprgen.NBVAE.load(tmp_path / "coded", adata=False)]
+    options = {"n_samples": 50, "seed": 0}
+    same = models[:2]
+    found, expected = (tl.predict_ensemble(m, A, of="mean", **options) for m in (mixed, same))
+    np.testing.assert_array_equal(found.layers["exprgen_std"], expected.layers["exprgen_std"])
+    found, expected = (tl.effect(m, A, B, n_donors=2, seed=0) for m in (mixed, same))
+    pd.testing.assert_frame_equal(found, expected)
+    known = A | {"donor": "d1"}
+    with pytest.raises(ValueError, match="Donors 'd1' are known to some of the models"):
+        tl.predict_ensemble(mixed, known, **options)
+    tl.predict_ensemble(same, known, **options)
+    tl.predict_ensemble(mixed, A | {"donor": "someone"}, **options)
 
 
 def test_ensembles_of_what_does_not_go_together_are_refused(models):

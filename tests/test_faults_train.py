@@ -24,11 +24,11 @@ import pytest
 import torch
 from anndata import AnnData
 from faults import (
+    MODELS,
     PATHS,
     ROLES,
     TINY,
     assert_same,
-    every_model,
     make_cells,
     refused,
     trained_on_all_roles,
@@ -51,6 +51,7 @@ from exprgen._manifest import checksum, describe
 from exprgen.train import TrainingCheckpoint, _checkpoint
 
 parametrize = pytest.mark.parametrize
+every_model = parametrize("model", MODELS, indirect=True, ids=lambda model: model.__name__)
 forks = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as Unix has it"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),

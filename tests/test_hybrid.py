@@ -19,7 +19,7 @@ from scipy import integrate, optimize, stats
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import Ridge
 
-from exprgen import CondVAE, HybridResidualModel
+from exprgen import CondVAE, HybridResidualModel, tl
 from exprgen._conditions import ConditionLayout
 from exprgen._errors import (
     CheckpointError,
@@ -34,7 +34,7 @@ from exprgen.means import CallableMean, SklearnMean
 from exprgen.module import ExpressionModule
 from exprgen.spaces import KnownMean, ResidualSpace
 from exprgen.spaces._factors import donor_effects, noise_of, shared_axes
-from exprgen.spaces._scale import fit_log_scale
+from exprgen.spaces._scale import fit_log_scale, left_out_log_scale
 
 QUIET = {"progress_bar": False}
 CPU = {"accelerator": "cpu", **QUIET}
@@ -183,7 +183,9 @@ def test_scales_are_the_penalised_likelihoods_own():
     features = np.column_stack([np.ones(n), rng.integers(0, 2, n), rng.normal(size=n)])
     truth = np.array([[0.2, -1.0], [1.0, 0.0], [0.0, 0.4]])
     residuals = rng.normal(size=(n, 2)) * np.exp(features @ truth)
-    coefficients, left_out = fit_log_scale(features, residuals, np.random.default_rng(1))
+    parts = np.random.default_rng(1)
+    coefficients, precision = fit_log_scale(features, residuals, parts)
+    left_out = left_out_log_scale(features, residuals, coefficients, precision, parts)
     np.testing.assert_allclose(coefficients, truth, atol=0.2)
     np.testing.assert_allclose(left_out, features @ coefficients, atol=0.25)
     # Each cell's scale comes of a fit without it: closer to the truth than to its own residual.
@@ -360,6 +362,29 @@ def test_terms_of_the_variance_add_up_to_that_of_cells():
     mean = model.predict(question, of="mean", n_samples=2000, seed=0, **QUIET).layers
     expected = terms["donor"] + terms["parameter"]
     np.testing.assert_allclose(mean["exprgen_std"][0] ** 2, expected, rtol=0.01)
+
+
+def test_the_expected_range_of_one_sample_is_that_of_predicted_means():
+    """With donors and what parameters leave open: both, by draws and by integration."""
+    adata, _ = _bulk(60)
+    rng = np.random.default_rng(0)
+    shift = rng.normal(0, 0.4, (6, adata.n_vars))
+    adata.X += shift[adata.obs["donor"].str[1:].astype(int)].astype("f4")
+    model = _trained(adata, setup=LABELS | {"donor_key": "donor"}, mean="hierarchical")
+    question = {"tissue": ["a"] * 40, "sex": ["f"] * 40, "donor": ["x"] * 40}
+    cells = model.sample(question, seed=0, **QUIET)
+    found = tl.nof1_de(
+        cells, model, groupby="tissue", inflation=1.0, n_samples=4000, key_added=None, seed=0
+    )
+    found = found.set_index("names").loc[model.var_names]
+    options = {"of": "mean", "n_cells": 40, "n_samples": 8000, "seed": 1, **QUIET}
+    law = model.predict(cells[:1].copy(), **options).layers
+    width = law["exprgen_q95"][0] - law["exprgen_q05"][0]
+    ratio = (found["upper"] - found["lower"]) / width
+    assert np.median(ratio) == pytest.approx(1, abs=0.03)
+    # Parameters are a good part of it, which forty cells would average out.
+    share = law["exprgen_std_parameter"][0] ** 2 / law["exprgen_std"][0] ** 2
+    assert np.median(share) > 0.1
 
 
 def test_a_wider_scale_where_there_were_few_samples_to_learn_from():

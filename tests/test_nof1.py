@@ -14,8 +14,7 @@ from scipy import integrate, stats
 
 import exprgen
 from exprgen import likelihoods, tl
-from exprgen._errors import CovariateError
-from exprgen._random import generator
+from exprgen._errors import CovariateError, DataQualityWarning, ReproducibilityWarning
 from exprgen.models._tails import tails_of_mean
 from exprgen.spaces import AdditiveDonorEffect, Decoded, DonorEffect
 
@@ -37,7 +36,7 @@ def _decoded(mean: float, n: int = 3) -> Decoded:
 
 
 def _tails(likelihood, donors, decoded, total, n_cells):
-    return tails_of_mean(likelihood, donors, decoded, total, n_cells, generator(0, 0))
+    return tails_of_mean(likelihood, donors, decoded, total, n_cells)
 
 
 @pytest.mark.parametrize("mean", [0.02, 1.5])
@@ -77,6 +76,61 @@ def test_far_tails_are_those_of_the_integral_over_donors():
             )
             assert value == pytest.approx(exact, rel=0.05), (s, of)
     assert tails.at_least[3] < 1e-4  # far beyond what a thousand draws could say
+
+
+def test_without_donor_variance_the_interval_is_that_of_a_negative_binomial():
+    likelihood, n_cells = likelihoods.NegativeBinomial(N_GENES), 40
+    mean = torch.tensor([0.001, 0.03, 0.4, 3.0, 50.0, 4000.0])
+    with torch.no_grad():
+        likelihood.log_dispersion.fill_(np.log(0.7))
+    decoded = Decoded(mean.log().expand(3, -1), None)
+    tails = _tails(likelihood, _donors(1e-6), decoded, np.zeros(N_GENES), n_cells)
+    law = stats.nbinom(n_cells * 0.7, 0.7 / (0.7 + mean.numpy()))
+    for beyond in (0.05, 1e-9):
+        lower, upper = tails.interval(beyond)
+        # The least sum that is exceeded often enough, and the largest reached often enough.
+        np.testing.assert_allclose(lower * n_cells, law.ppf(beyond), rtol=1e-3)
+        np.testing.assert_allclose(upper * n_cells, law.isf(beyond), rtol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_mean_is_outside_its_interval_if_and_only_if_its_p_value_says_so(counts):
+    """Random genes, levels from nothing to 1e8 counts, whole sums and fractions."""
+    n_genes, n_cells, rng = 450, 30, np.random.default_rng(0)
+    likelihood = (likelihoods.NegativeBinomial if counts else likelihoods.Gaussian)(n_genes)
+    donors = (DonorEffect if counts else AdditiveDonorEffect)(N_DONORS, n_genes)
+    level = rng.uniform(-9, 15, n_genes) if counts else rng.normal(0, 5, n_genes)
+    noise = torch.from_numpy(rng.normal(0, 0.3, (20, n_genes))).float()
+    decoded = Decoded(torch.from_numpy(level).float() + noise, None)
+    with torch.no_grad():
+        donors.posterior_mean.copy_(torch.from_numpy(rng.normal(0, 0.5, (N_DONORS, n_genes))))
+        if not counts:
+            likelihood.lower.fill_(-1e3)
+    at = level + 1.5 * rng.standard_normal(n_genes)
+    total = rng.poisson(n_cells * np.exp(at)).astype(float) if counts else n_cells * at
+    total[::3] += rng.random(n_genes // 3)
+    tails = _tails(likelihood, donors, decoded, total, n_cells)
+    for beyond in (0.4, 0.05, 1e-4, 1e-30):
+        lower, upper = tails.interval(beyond)
+        outside = (total / n_cells < lower) | (total / n_cells > upper)
+        np.testing.assert_array_equal(outside, tails.p_value < 2 * beyond)
+        assert outside.any() or beyond < 1e-4
+
+
+def test_what_parameters_leave_open_does_not_average_out():
+    """Normal sums of cells that share a part of their variance, in closed form."""
+    likelihood, donors = likelihoods.Gaussian(N_GENES), _donors(1e-6, AdditiveDonorEffect)
+    with torch.no_grad():
+        likelihood.lower.fill_(-1e3)
+    decoded, n_cells, share = _decoded(np.e), 25, torch.linspace(0, 1, N_GENES)
+    variance = likelihood.variance(*decoded)[0].detach().double().numpy()
+    sd = np.sqrt(variance * (share.numpy() + (1 - share.numpy()) / n_cells))
+    observed = 1 + 1.7 * sd
+    tails = tails_of_mean(likelihood, donors, decoded, n_cells * observed, n_cells, share)
+    np.testing.assert_allclose(tails.at_least, stats.norm.sf(1.7), rtol=1e-3)
+    lower, upper = tails.interval(0.05)
+    np.testing.assert_allclose(lower, 1 + stats.norm.ppf(0.05) * sd, rtol=1e-3)
+    np.testing.assert_allclose(upper, 1 - stats.norm.ppf(0.05) * sd, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +238,44 @@ def test_half_a_count_keeps_fold_changes_finite(trained):
     empty = test[:7].copy()
     empty.layers["counts"] = empty.layers["counts"].toarray()
     empty.layers["counts"][:, 0] = 0
-    found = tl.nof1_de(empty, model, groupby="cell_type", key_added=None, seed=0)
+    found = tl.nof1_de(empty, model, groupby="cell_type", inflation=1.0, key_added=None, seed=0)
     assert np.isfinite(found.drop(columns=["group", "names"]).to_numpy()).all()
+
+
+def test_the_range_and_the_p_value_agree_also_where_scores_are_inflated(trained):
+    model, _, test = trained
+    rng, shifted = np.random.default_rng(0), test.copy()
+    counts = shifted.layers["counts"].toarray()
+    shifted.layers["counts"] = rng.poisson(counts * rng.lognormal(0, 2, counts.shape[1]))
+    for level in (0.5, 0.9, 0.99):
+        found = tl.nof1_de(shifted, model, groupby="cell_type", level=level, seed=0)
+        outside = ~found["observed"].between(found["lower"], found["upper"])
+        np.testing.assert_array_equal(outside, found["pvals"] < 1 - level)
+        assert outside.any() or level > 0.5
+    assert (found["inflation"] > 1.5).all()
+
+
+def test_inflation_is_not_estimated_from_few_genes(trained):
+    model, _, test = trained
+    few = test[np.flatnonzero(test.obs["cell_type"] == "type_0")[:2]].copy()
+    with pytest.warns(DataQualityWarning, match=r"Inflation of cell_type='type_0' is taken as 1"):
+        found = tl.nof1_de(few, model, groupby="cell_type", key_added=None, seed=0)
+    assert (found["inflation"] == 1).all()
+
+
+def test_a_model_without_donors_labels_says_what_it_cannot_tell(trained, tmp_path):
+    model, train, test = trained
+    options = {"groupby": "cell_type", "key_added": None, "seed": 0}
+    model.save(tmp_path / "coded")
+    coded = exprgen.NBVAE.load(tmp_path / "coded", adata=False)
+    with pytest.raises(ValueError, match=r"\d+ of its cells were in its training"):
+        tl.nof1_de(train[train.obs["donor"] == "donor_3"].copy(), coded, **options)
+    with pytest.warns(ReproducibilityWarning, match="others of the same donors"):
+        found = tl.nof1_de(test, coded, **options)
+    pd.testing.assert_frame_equal(found, tl.nof1_de(test, model, **options))
+    model.save(tmp_path / "named", donor_labels=True)
+    named = exprgen.NBVAE.load(tmp_path / "named", adata=False)
+    pd.testing.assert_frame_equal(found, tl.nof1_de(test, named, **options))
 
 
 def test_what_cannot_be_compared_is_refused(trained):
@@ -212,6 +302,15 @@ def test_what_cannot_be_compared_is_refused(trained):
         tl.nof1_de(taken, model, groupby="cell_type")
     with pytest.raises(ValueError, match="inflation must be one of"):
         tl.nof1_de(test.copy(), model, groupby="cell_type", inflation="cells")
+    silent = test.copy()
+    silent.layers["counts"] = silent.layers["counts"].toarray()
+    silent.layers["counts"][(silent.obs["cell_type"] == "type_1").to_numpy()] = 0
+    with pytest.raises(ValueError, match=r"cell_type='type_1' have no counts"):
+        tl.nof1_de(silent, model, groupby="cell_type")
+    unnamed = test.copy()
+    unnamed.obs["part"] = np.where(unnamed.obs["cell_type"] == "type_1", "", "x")
+    with pytest.raises(ValueError, match=r"obs\['part'\] \(groupby\) is '' in \d+ cells"):
+        tl.nof1_de(unnamed, model, groupby="part")
     assert "nof1_de" not in test.uns
 
 

@@ -12,7 +12,12 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from exprgen import NBVAE, CondVAE, ExprFlow, pl, tl
-from exprgen._errors import DataQualityWarning, GeneMismatchError, UnseenCategoryError
+from exprgen._errors import (
+    CovariateError,
+    DataQualityWarning,
+    GeneMismatchError,
+    UnseenCategoryError,
+)
 from exprgen.datasets import simulate_latent
 from exprgen.tl._conformal_ranks import conformal_p_values
 from exprgen.tl._contrast import contrast
@@ -309,7 +314,7 @@ def test_what_cannot_calibrate_is_refused():
         tl.outliers(query, model, without, groupby="cell_type", **QUIET)
     without.obs["kind"] = None
     query.obs["kind"] = "a"
-    with refused(ValueError, "calibration.obs['kind']", "missing", of=query):
+    with refused(CovariateError, "calibration.obs['kind']", "missing", of=query):
         tl.outliers(query, model, without, groupby="kind", **QUIET)
     with refused(KeyError, "groupby='cell_typ'", "'cell_type'", of=query):
         tl.outliers(query, model, calibration, groupby="cell_typ", **QUIET)

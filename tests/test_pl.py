@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from exprgen import pl, tl
+from exprgen import _slots, pl, tl
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +51,11 @@ def test_moments_matches_groups_and_halves_without_control(pbmc):
 
 def _predicted(pbmc):
     counts = pbmc.X.toarray()
-    pbmc.layers["exprgen_mean"] = counts + 1.0
-    pbmc.layers["exprgen_q05"] = counts - 0.0
-    pbmc.layers["exprgen_q95"] = np.where(np.arange(700)[:, None] < 175, counts - 1, counts + 2)
+    above = np.arange(700)[:, None] < 175
+    layers = {"mean": counts + 1.0, "std": counts + 1.0, "q95": counts + 2.0}
+    layers["q05"] = np.where(above, counts + 1.0, counts)
+    info = {"of": "cell", "n_cells": 0, "quantiles": [0.05, 0.95], "layer": ""}
+    _slots.write(pbmc, "exprgen", "predict", model="NBVAE", layers=layers, info=info)
     return pbmc
 
 
@@ -72,13 +74,14 @@ def test_uncertainty_draws_means_and_counts_coverage(pbmc):
 
 
 def test_uncertainty_names_what_is_missing(pbmc):
-    with pytest.raises(KeyError, match=r"model\.predict\(adata\)"):
+    with pytest.raises(KeyError, match=r"model\.predict\(adata"):
         pl.uncertainty(pbmc, "LYZ", groupby="cell_type", show=False)
+    pbmc = _predicted(pbmc)
     with pytest.raises(KeyError, match="Did you mean 'LYZ'"):
         pl.uncertainty(pbmc, "LYZZ", groupby="cell_type", show=False)
     with pytest.raises(KeyError, match="tissue"):
         pl.uncertainty(pbmc, "LYZ", groupby="tissue", show=False)
-    with pytest.raises(ValueError, match="at least one gene"):
+    with pytest.raises(ValueError, match="genes is empty"):
         pl.uncertainty(pbmc, [], groupby="cell_type", show=False)
 
 

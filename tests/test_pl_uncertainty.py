@@ -252,3 +252,22 @@ def test_slots_that_are_gone_are_named(adata):
     adata.uns["exprgen"] = "text"
     with pytest.raises(KeyError, match="no outliers under 'exprgen'"):
         pl.outliers(adata)
+
+
+def test_uncertainty_reads_what_was_modelled():
+    cells = _cells(120, seed=0, layer="raw")
+    values = cells.layers["raw"] + 0.25  # not counts any more, and neither are the quantiles
+    cells.layers["raw"] = values
+    for name in [name for name in cells.layers if name.startswith("exprgen_q")]:
+        cells.layers[name] = cells.layers[name] + 0.25
+    axes = pl.uncertainty(cells, ["z", "x"], groupby="cell_type", show=False)
+    assert axes[0].get_xlabel() == "value per cell"
+    inside = (cells.layers["exprgen_q05"] <= values) & (values <= cells.layers["exprgen_q95"])
+    assert axes[0].get_title(loc="right") == f"{100 * inside[:, 2].mean():.0f} % inside"
+    of_a = (cells.obs["cell_type"] == "a").to_numpy()
+    assert axes[1].lines[0].get_xdata()[0] == pytest.approx(values[of_a, 0].mean())
+    with pytest.raises(ValueError, match="interval must be two of the predicted quantiles, 'q01'"):
+        pl.uncertainty(cells, "x", groupby="cell_type", interval=("q03", "q95"))
+    cells.uns["exprgen"]["predict"]["of"] = "mean"
+    with pytest.raises(ValueError, match="predictions are of means"):
+        pl.uncertainty(cells, "x", groupby="cell_type")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_list_like
 
 from exprgen._errors import closest, name_some
 
@@ -151,7 +152,7 @@ def check_genes(genes: Sequence[str] | None, var_names: Iterable[str]) -> np.nda
     Raises
     ------
     TypeError
-        If ``genes`` is one name and not a list of names.
+        If ``genes`` is no list of names.
     KeyError
         If a name is unknown.
     ValueError
@@ -162,6 +163,8 @@ def check_genes(genes: Sequence[str] | None, var_names: Iterable[str]) -> np.nda
         return np.arange(len(known))
     if isinstance(genes, str):
         raise TypeError(f"genes must be a list of names, got {genes!r}. Did you mean [{genes!r}]?")
+    if not is_list_like(genes):
+        raise TypeError(f"genes must be a list of names, got {genes!r}.")
     wanted = pd.Index(list(genes))
     unknown = wanted[~wanted.isin(known)]
     if len(unknown):

@@ -21,7 +21,7 @@ donor. :class:`ConditionLayout` says to the torch side how wide each part is.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,7 @@ __all__ = ["ConditionLayout", "ConditionSchema"]
 
 _MARGINALIZE = " To average over it, leave it out and give marginalize=[{!r}]."
 _NEW_BATCH = " To map a new batch, give unseen='null'."
+_CODED_DONOR = "coded_donor_"
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,19 @@ class ConditionSchema:
             batch=state["batch"] and Labels.from_dict(state["batch"]),
             donor=state["donor"] and Labels.from_dict(state["donor"]),
         )
+
+    def with_coded_donors(self) -> ConditionSchema:
+        """The same with numbers in place of donors' labels."""
+        if self.donor is None:
+            return self
+        labels = tuple(f"{_CODED_DONOR}{i}" for i in range(len(self.donor)))
+        return replace(self, donor=replace(self.donor, labels=labels, dtype="object"))
+
+    @property
+    def has_coded_donors(self) -> bool:
+        """Whether donors' labels were left out of a file, so that no donor is recognised."""
+        labels = () if self.donor is None else self.donor.labels
+        return bool(labels) and all(str(label).startswith(_CODED_DONOR) for label in labels)
 
     # ------------------------------------------------------------------ helpers
 

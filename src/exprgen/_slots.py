@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from exprgen._arguments import check_bool
 from exprgen._errors import name_some
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ __all__ = ["check_key", "quantile_name", "target", "write"]
 
 def target(adata: AnnData, copy: bool) -> AnnData:
     """Choose what to write to: ``adata``, or a copy if asked for or if it is a view."""
-    if not (copy or adata.is_view):
+    if not (check_bool(copy, "copy") or adata.is_view):
         return adata
     return adata.to_memory() if adata.isbacked else adata.copy()
 
@@ -109,6 +110,7 @@ def write(
         If ``info`` holds what a file cannot.
     """
     check_key(key)
+    check_bool(overwrite, "overwrite")
     genes = None if var_names is None else list(var_names)
     slots = _named(adata, key, layers or {}, obsm or {}, obs or {}, genes)
     entry = _storable(info, "info") | {"slots": _strings(slots)}

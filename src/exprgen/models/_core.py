@@ -180,15 +180,26 @@ class ModelCore(BaseModelClass):
         """A MuData's modelled modality with its conditions, to read from; all else as it is."""
         if not isinstance(data, MuData):
             return data
-        if "modality" not in self.registry_["setup_args"]:
-            _validate.check_anndata(data, method=f"This {type(self).__name__}")
-        return read_modality(data, self.registry_["setup_args"], *also)
+        return read_modality(data, self._modality_setup(data), *also)
 
     def _home(self, data: AnnData | MuData) -> AnnData:
         """Where results about ``data`` are written."""
         if isinstance(data, MuData):
-            return home_of(data, self.registry_["setup_args"])
+            return home_of(data, self._modality_setup(data))
         return data
+
+    def _modality_setup(self, mdata: MuData) -> dict[str, Any]:
+        """Arguments of ``setup_mudata``.
+
+        Raises
+        ------
+        TypeError
+            If the model was set up with an AnnData.
+        """
+        said: dict[str, Any] = self.registry_["setup_args"]
+        if "modality" not in said:
+            _validate.check_anndata(mdata, method=f"This {type(self).__name__}")
+        return said
 
     def _cells(
         self,

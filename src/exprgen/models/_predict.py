@@ -12,7 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from exprgen import _arguments, _slots
-from exprgen._errors import CovariateError
+from exprgen._errors import CovariateError, name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
@@ -174,6 +174,16 @@ class PredictMixin(ModelCore):
             for model in models
         ]
         query = queries[0]
+        known_donors = [
+            model._known_donors(asked) for model, asked in zip(models, queries, strict=True)
+        ]
+        every, *others = map(set, known_donors)
+        if partly := every.union(*others) - every.intersection(*others):
+            raise ValueError(
+                f"Donors {name_some(sorted(partly))} are known to some of the models and new to "
+                "others, which were loaded without their donors' labels: save all of them with "
+                "donor_labels=True, or leave the donor out of conditions."
+            )
         rows = np.arange(len(query.table))
         log_depth = log_library("sampled" if library is None else library, rows, len(rows))
         names = [_slots.quantile_name(q) for q in quantiles]
@@ -200,7 +210,7 @@ class PredictMixin(ModelCore):
             "unseen": unseen,
             "layer": self._setup_args["layer"] or "",
             "weights": self._fingerprint(),
-            "known_donors": self._known_donors(query) or None,
+            "known_donors": known_donors[0] or None,
             "seed": seed,
             **self._density_options,
         }

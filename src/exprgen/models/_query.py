@@ -21,13 +21,13 @@ from exprgen._arguments import check_choice
 from exprgen._errors import CovariateError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from exprgen._conditions import ConditionSchema
     from exprgen._observed import ObservedConditions
     from exprgen.models._means import CodesWithMean
 
-__all__ = ["CELL", "DONOR", "TABLE", "Query", "ask", "log_library", "with_batch"]
+__all__ = ["CELL", "DONOR", "TABLE", "Query", "ask", "log_library", "new_donors", "with_batch"]
 
 logger = logging.getLogger("exprgen")
 
@@ -120,7 +120,7 @@ def ask(
     donor = schema.donor_key
     if donor is not None and donor not in table:
         logger.info("%r is not given: every row of conditions is a new donor.", donor)
-        table = table.assign(**{donor: _new_donors(schema, len(table))})
+        table = table.assign(**{donor: new_donors(schema, len(table))})
     n_rows = len(table)
     rows = np.repeat(np.arange(n_rows), n_obs)
     # Drawn conditions differ between the cells of a row; given ones are read once per row.
@@ -138,11 +138,12 @@ def ask(
     return Query(table, codes, embedding, donors, rows, n_rows)
 
 
-def _new_donors(schema: ConditionSchema, n: int) -> list[str]:
-    """Labels of new donors that no known donor has."""
-    known = set() if schema.donor is None else {str(label) for label in schema.donor.labels}
+def new_donors(schema: ConditionSchema, n: int, taken: Iterable[object] = ()) -> list[str]:
+    """Labels of new donors that no known donor has, and none of those ``taken``."""
+    known = () if schema.donor is None else schema.donor.labels
+    used = {str(label) for label in (*known, *taken)}
     free = (NEW_DONOR.format(i) for i in count())
-    return list(islice((label for label in free if label not in known), n))
+    return list(islice((label for label in free if label not in used), n))
 
 
 def with_batch(

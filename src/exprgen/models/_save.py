@@ -11,7 +11,6 @@ import inspect
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pprint import pformat
@@ -74,8 +73,9 @@ class SaveMixin(SetupMixin):
             Combinations of conditions with fewer training cells are left out of
             :attr:`conditions`.
         donor_labels
-            Whether to keep donors' labels. If not they are replaced by numbers, and the loaded
-            model takes every donor it is asked about as a new one.
+            Whether to keep donors' labels, which says who was trained on. If not they are replaced
+            by numbers: the loaded model has its donors' effects, not whose they are, and takes
+            every donor it is asked about as a new one.
 
         Raises
         ------
@@ -277,7 +277,7 @@ class SaveMixin(SetupMixin):
         schema = ConditionSchema.from_dict(
             registry["field_registries"][CONDITIONS_KEY]["state_registry"]["schema"]
         )
-        if schema.donor is not None and all(_is_coded(label) for label in schema.donor.labels):
+        if schema.has_coded_donors:
             warnings.warn(
                 "This model was saved without its donors' labels: all donors of adata are new to "
                 "it. Save with donor_labels=True to keep them.",
@@ -293,20 +293,12 @@ def _with_coded_donors(registry: dict[str, Any], schema: ConditionSchema) -> dic
     """The registry with donors' labels replaced by numbers."""
     if schema.donor is None:
         return registry
-    labels = tuple(_CODED.format(i) for i in range(len(schema.donor.labels)))
-    coded = replace(schema, donor=replace(schema.donor, labels=labels, dtype="object"))
     fields = dict(registry["field_registries"])
     field = dict(fields[CONDITIONS_KEY])
-    field["state_registry"] = {**field["state_registry"], "schema": coded.to_dict()}
+    coded = schema.with_coded_donors().to_dict()
+    field["state_registry"] = {**field["state_registry"], "schema": coded}
     fields[CONDITIONS_KEY] = field
     return {**registry, "field_registries": fields}
-
-
-_CODED = "coded_donor_{}"
-
-
-def _is_coded(label: Any) -> bool:
-    return str(label).startswith(_CODED.format(""))
 
 
 _MADE_UP = (

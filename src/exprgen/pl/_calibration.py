@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from exprgen._arguments import check_positive_int
+from exprgen._random import resolve_seed
 from exprgen.pl._style import CONTROL, REAL, SYNTHETIC, clean, finish, make_axes
+from exprgen.tl._names import text_labels
 from exprgen.tl._predicted import (
     BLOCK,
     Predicted,
     check_given,
-    labels_of,
     names_of,
     observed,
     read_predicted,
@@ -202,7 +203,7 @@ def _transforms(
             "The predictions are of means (predict(of='mean')); cells' values have no rank among "
             "these. Run predict(of='cell') under another key_added."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resolve_seed(seed))
     names, rows_of = _grouped(adata, groupby, "adata")
     among = {}
     if control is not None:
@@ -240,7 +241,7 @@ def _grouped(adata: AnnData, groupby: str | None, name: str) -> tuple[list[str],
     """Names of groups and the positions of their cells, in the order of the categories."""
     if groupby is None:
         return ["all cells"], [np.arange(adata.n_obs)]
-    labels = labels_of(adata, groupby, "groupby", name=name)
+    labels = text_labels(adata.obs, groupby, "groupby", f"{name}.obs")
     names = names_of(adata, groupby)
     return names, [np.flatnonzero(labels == name) for name in names]
 

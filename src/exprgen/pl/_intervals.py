@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exprgen._arguments import check_genes, check_positive_int
+from exprgen._arguments import check_positive_int
+from exprgen._random import resolve_seed
 from exprgen.pl._style import SYNTHETIC, clean, finish, make_axes
 from exprgen.pl._uncertainty import (
     DOT,
     LEGEND_WIDTH,
-    count_axis,
+    columns_of,
     draw_cells,
     group_axis,
     label_width,
+    value_axis,
 )
 from exprgen.tl._conformal import group_means
-from exprgen.tl._predicted import dense, labels_of, names_of, observed, read_predicted
+from exprgen.tl._names import text_labels
+from exprgen.tl._predicted import dense, names_of, observed, read_predicted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,24 +60,10 @@ def intervals(
     ----------
     adata
         Cells with what ``model.predict`` and ``tl.conformalize`` wrote.
-    genes
-        Names: one panel each.
-    groupby
-        Column of ``.obs``; its groups stand below each other.
     key
         The key of both.
-    layer
-        Observed values; by default the layer that was modelled.
-    n_cols
-        Panels per row.
-    max_cells
-        At most so many dots per group.
-    axes
-        As many axes as genes, to draw on.
-    seed
-        Of the jitter and of the cells shown.
-    show, return_fig
-        Show the figure; return it instead of the axes.
+    genes, groupby, layer, n_cols, max_cells, axes, seed, show, return_fig
+        As in :func:`exprgen.pl.uncertainty`.
 
     Returns
     -------
@@ -96,14 +85,14 @@ def intervals(
             f"adata has no corrected intervals under key={key!r}: run exprgen.tl.conformalize("
             "adata, calibration) first, or look at the predicted ones by exprgen.pl.uncertainty."
         )
-    columns = check_genes([genes] if isinstance(genes, str) else genes, predicted.genes)
-    labels = labels_of(adata, groupby, "groupby", name="adata")
+    columns = columns_of(genes, predicted)
+    labels = text_labels(adata.obs, groupby, "groupby", "adata.obs")
     rows, dots = _dots(adata, layer, predicted, record, labels)
     dots, groups = dots[:, columns], labels[rows]
     ends = _ends(adata, key, predicted, float(record["alpha"]), rows, columns)
     names = names_of(adata, groupby)
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resolve_seed(seed))
     figure, panels = make_axes(
         axes,
         len(columns),
@@ -126,7 +115,7 @@ def intervals(
         ax.set_title(predicted.genes[columns[j]], loc="left", fontsize=11, style="italic")
         ax.set_title(f"{inside[0]:.0f} → {inside[1]:.0f} % inside", loc="right", fontsize=8,
                      color="#444444")  # fmt: skip
-        _value_axis(ax, predicted, max(end[:, j].max() for end in (dots, *ends)))
+        value_axis(ax, predicted, max(end[:, j].max() for end in (dots, *ends)))
         group_axis(ax, names)
         clean(ax)
     _legend(panels[0], float(record["alpha"]), "cell" if predicted.of == "cell" else "donor")
@@ -144,7 +133,7 @@ def _dots(
     if "donor_key" not in record:
         rows = np.arange(adata.n_obs)
         return rows, observed(adata, layer, predicted, rows)
-    donors = labels_of(adata, str(record["donor_key"]), "donor_key", name="adata")
+    donors = text_labels(adata.obs, str(record["donor_key"]), "donor_key", "adata.obs")
     rows, _, means = group_means(adata, layer, predicted, donors, labels)
     return rows, means
 
@@ -177,13 +166,6 @@ def _draw_bars(ax: Axes, position: int, ends: Sequence[float], whole: bool) -> N
     low, high = position - 0.38, position + 0.38
     ax.fill_between(after, low, high, color=SYNTHETIC, alpha=0.25, lw=0, zorder=1)
     ax.plot(before, [low, low], color="#555555", lw=2.5, solid_capstyle="butt", zorder=3)
-
-
-def _value_axis(ax: Axes, predicted: Predicted, top: float) -> None:
-    if predicted.whole:
-        count_axis(ax, top)
-    else:
-        ax.set_xlabel("mean of a donor's cells" if predicted.of == "mean" else "value per cell")
 
 
 def _legend(ax: Axes, alpha: float, unit: str) -> None:

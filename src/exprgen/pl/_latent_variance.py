@@ -8,7 +8,8 @@ import numpy as np
 
 from exprgen._arguments import check_genes, check_positive_int
 from exprgen.pl._style import finish, make_axes
-from exprgen.tl._predicted import dense, labels_of, names_of, read_predicted
+from exprgen.tl._names import text_labels
+from exprgen.tl._predicted import dense, names_of, read_predicted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +73,7 @@ def latent_variance(
             f"key_added={key!r}) again."
         )
     check_positive_int(n_genes, "n_genes")
-    labels = labels_of(adata, groupby, "groupby", name="adata")
+    labels = text_labels(adata.obs, groupby, "groupby", "adata.obs")
     names, latent = names_of(adata, groupby), store[f"{key}_std_latent"]
     share = np.stack([_share(predicted.std, latent, labels == name) for name in names])
     columns = _strongest(share, n_genes) if genes is None else check_genes(genes, predicted.genes)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pandas.api.types import is_list_like
 
-from exprgen._errors import closest
+from exprgen._arguments import check_genes, check_positive_int
+from exprgen._errors import name_some
+from exprgen._random import resolve_seed
+from exprgen._slots import quantile_name
 from exprgen.pl._style import SYNTHETIC, clean, finish, make_axes
-from exprgen.tl._counts import read_counts
+from exprgen.tl._names import check_names, text_labels
+from exprgen.tl._predicted import dense, names_of, observed, read_predicted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from exprgen.tl._predicted import Predicted
+
 __all__ = [
     "DOT",
     "LEGEND_WIDTH",
-    "count_axis",
+    "columns_of",
     "draw_cells",
     "group_axis",
     "label_width",
     "uncertainty",
+    "value_axis",
 ]
 
 DOT = "#8C8C8C"
@@ -38,7 +46,7 @@ def uncertainty(
     groupby: str,
     key: str = "exprgen",
     interval: tuple[str, str] = ("q05", "q95"),
-    layer: str | None = "counts",
+    layer: str | None = None,
     n_cols: int = 4,
     max_cells: int = 150,
     axes: Sequence[Axes] | None = None,
@@ -58,15 +66,15 @@ def uncertainty(
     adata
         Real cells with what ``model.predict(adata)`` wrote.
     genes
-        Names in ``.var_names``: one panel each.
+        Names: one panel each.
     groupby
         Column of ``.obs``; its groups stand below each other.
     key
-        The ``key_added`` of ``predict``: layers ``{key}_mean`` and ``{key}_{quantile}`` are read.
+        The ``key_added`` of ``predict``: ``{key}_mean`` and ``{key}_{quantile}`` are read.
     interval
-        Names of the lower and upper quantile layers.
+        Names of the lower and the upper quantile.
     layer
-        Observed counts; None for ``.X``.
+        Observed values; by default the layer that was modelled.
     n_cols
         Panels per row.
     max_cells
@@ -86,65 +94,75 @@ def uncertainty(
     Raises
     ------
     KeyError
-        A gene, the column or a layer is missing.
+        A gene, the column, the predictions or a layer are missing.
+    ValueError
+        The predictions are of means; ``interval`` is none of theirs; values that are not finite,
+        or no counts where counts were predicted.
     """
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    needed = [f"{key}_mean", *(f"{key}_{name}" for name in interval)]
-    _check(adata, genes, groupby, needed)
-    columns = adata.var_names.get_indexer(genes)
-    observed = read_counts(adata, layer, name="adata")[:, columns].toarray()
-    mean, lower, upper = (_columns(adata.layers[name], columns) for name in needed)
-    groups = adata.obs[groupby].astype("category")
-    names = groups.cat.remove_unused_categories().cat.categories
+    check_positive_int(max_cells, "max_cells")
+    predicted = read_predicted(adata, key, name="adata")
+    if predicted.of == "mean":
+        raise ValueError(
+            "The predictions are of means (predict(of='mean')), and cells do not lie in intervals "
+            "of means. Run predict(of='cell') under another key_added."
+        )
+    columns = columns_of(genes, predicted)
+    lower, upper = _interval(interval, predicted)
+    store = adata.layers if predicted.in_layers else adata.obsm
+    if f"{key}_mean" not in store:
+        raise KeyError(f"adata has no {key}_mean, which predict wrote. Run it again.")
+    labels, names = (
+        text_labels(adata.obs, groupby, "groupby", "adata.obs"),
+        names_of(adata, groupby),
+    )
+    values = observed(adata, layer, predicted, np.arange(adata.n_obs))[:, columns]
+    mean, lower, upper = (
+        dense(matrix)[:, columns] for matrix in (store[f"{key}_mean"], lower, upper)
+    )
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resolve_seed(seed))
     figure, panels = make_axes(
         axes,
-        len(genes),
+        len(columns),
         n_cols=n_cols,
         size=(2.9, 0.3 * len(names) + 1.0),
         share_y=True,
         beside=label_width(names),
         least_width=LEGEND_WIDTH,
     )
-    for j, (ax, gene) in enumerate(zip(panels, genes, strict=True)):
+    for j, ax in enumerate(panels):
         for position, name in enumerate(names):
-            rows = np.flatnonzero((groups == name).to_numpy())
-            draw_cells(ax, position, observed[rows, j], rng, max_cells)
-            _draw_prediction(ax, position, *(np.median(v[rows, j]) for v in (mean, lower, upper)))
-        inside = ((lower[:, j] <= observed[:, j]) & (observed[:, j] <= upper[:, j])).mean()
-        ax.set_title(gene, loc="left", fontsize=11, style="italic")
+            of = labels == name
+            jitter = 0.18 if predicted.whole else 0.0
+            draw_cells(ax, position, values[of, j], rng, max_cells, jitter=jitter)
+            middle = [float(np.median(v[of, j])) for v in (mean, lower, upper)]
+            _draw_prediction(ax, position, *middle, whole=predicted.whole)
+        inside = ((lower[:, j] <= values[:, j]) & (values[:, j] <= upper[:, j])).mean()
+        ax.set_title(predicted.genes[columns[j]], loc="left", fontsize=11, style="italic")
         ax.set_title(f"{100 * inside:.0f} % inside", loc="right", fontsize=8, color="#444444")
-        count_axis(ax, max(observed[:, j].max(), upper[:, j].max()))
+        value_axis(ax, predicted, max(values[:, j].max(), upper[:, j].max()))
         group_axis(ax, names)
         clean(ax)
     _legend(panels[0], interval)
     return finish(figure, panels, show=show, return_fig=return_fig)
 
 
-def _check(adata: AnnData, genes: Sequence[str], groupby: str, needed: Sequence[str]) -> None:
-    for gene in genes:
-        if gene not in adata.var_names:
-            raise KeyError(f"No gene {gene!r} in .var_names.{closest(gene, adata.var_names)}")
-    if not genes:
-        raise ValueError("genes is empty; name at least one gene of .var_names.")
-    if groupby not in adata.obs:
-        raise KeyError(
-            f"No column {groupby!r} in .obs; its columns are {list(adata.obs.columns)}."
+def columns_of(genes: str | Sequence[str], predicted: Predicted) -> np.ndarray:
+    """Positions of the named genes among those that were predicted."""
+    return check_genes(check_names(genes, "genes", ""), predicted.genes)
+
+
+def _interval(interval: Sequence[str], predicted: Predicted) -> list[Any]:
+    """The quantiles of two names, ``(n_obs, n_genes)`` each."""
+    names = [quantile_name(level) for level in predicted.levels]
+    wanted: list[Any] = list(interval) if is_list_like(interval) else [interval]
+    if len(wanted) != 2 or any(name not in names for name in wanted):
+        raise ValueError(
+            f"interval must be two of the predicted quantiles, {name_some(names, 20)}, got "
+            f"{interval!r}."
         )
-    absent = [name for name in needed if name not in adata.layers]
-    if absent:
-        raise KeyError(
-            f"adata has no layer {absent[0]!r}. Run model.predict(adata) first (for all genes), "
-            "with this key as key_added and these quantiles."
-        )
-
-
-def _columns(matrix: Any, columns: np.ndarray) -> np.ndarray:
-    from scipy import sparse
-
-    block = matrix[:, columns]
-    return block.toarray() if sparse.issparse(block) else np.asarray(block)
+    low, high = sorted(map(names.index, wanted))
+    return [predicted.quantiles[low], predicted.quantiles[high]]
 
 
 def draw_cells(
@@ -165,17 +183,23 @@ def draw_cells(
     ax.plot([line, line], [position - 0.36, position + 0.36], color="black", lw=1.4, zorder=4)
 
 
-def _draw_prediction(ax: Axes, position: int, mean: float, lower: float, upper: float) -> None:
+def _draw_prediction(
+    ax: Axes, position: int, mean: float, lower: float, upper: float, *, whole: bool
+) -> None:
     # A quarter count on either side, so that the interval from 0 to 0 still shows.
-    x = [lower - 0.25, upper + 0.25]
+    margin = 0.25 if whole else 0.0
+    x = [lower - margin, upper + margin]
     ax.fill_between(
         x, position - 0.38, position + 0.38, color=SYNTHETIC, alpha=0.22, lw=0, zorder=1
     )
     ax.scatter(mean, position, s=34, color=SYNTHETIC, edgecolors="white", linewidths=0.9, zorder=5)
 
 
-def count_axis(ax: Axes, top: float) -> None:
-    """Counts on a log(1 + x) scale, labelled in counts."""
+def value_axis(ax: Axes, predicted: Predicted, top: float) -> None:
+    """Counts on a log(1 + x) scale, labelled in counts; other values as they are."""
+    if not predicted.whole:
+        ax.set_xlabel("mean of a donor's cells" if predicted.of == "mean" else "value per cell")
+        return
     ticks = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000]
     ax.set_xscale("function", functions=(_log1p, np.expm1))
     ax.set_xlim(-0.35, 1.15 * max(top, 2) + 0.5)
@@ -204,7 +228,7 @@ def _legend(ax: Axes, interval: tuple[str, str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    low, high = (name.removeprefix("q").lstrip("0") or "0" for name in interval)
+    low, high = (name.removeprefix("q").lstrip("0") or "0" for name in sorted(interval))
     handles = [
         Line2D([], [], marker="o", ls="", color=DOT, markersize=3, label="observed cell"),
         Line2D([], [], color="black", lw=1.4, label="observed mean"),

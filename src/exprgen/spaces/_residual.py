@@ -28,7 +28,7 @@ from exprgen.nn import normal_density
 from exprgen.spaces._base import DataMoments, Decoded, GaussianPosterior
 from exprgen.spaces._donor import LeftOutDonorEffect
 from exprgen.spaces._factors import donor_effects, noise_of, shared_axes
-from exprgen.spaces._scale import fit_log_scale
+from exprgen.spaces._scale import fit_log_scale, left_out_log_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,8 @@ class ResidualSpace(GaussianPosterior):
         residuals = (x.double() - self.mean.value(c).double()).numpy()
         features = self.density_features(c).double().numpy()
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
-        coefficients, log_scale = fit_log_scale(features, residuals, rng)
+        coefficients, precision = fit_log_scale(features, residuals, rng)
+        log_scale = left_out_log_scale(features, residuals, coefficients, precision, rng)
         variance = self.mean.variance(c)
         if variance is not None:
             # Residuals as they would be if the predictor's parameters were known.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["fit_log_scale"]
+__all__ = ["fit_log_scale", "left_out_log_scale"]
 
 PRECISIONS = (1e4, 300.0, 100.0, 30.0, 10.0, 3.0)
 """Precisions of the prior to choose from, in half cells. The largest first, which wins a tie."""
@@ -32,8 +32,8 @@ _SMALLEST = 1e-3
 
 def fit_log_scale(
     features: np.ndarray, residuals: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients of log scales, and log scales by fits without the cell.
+) -> tuple[np.ndarray, float]:
+    """Coefficients of log scales, and the precision of their prior that was chosen.
 
     Parameters
     ----------
@@ -42,21 +42,40 @@ def fit_log_scale(
     residuals
         ``(n_obs, n_vars)``, of mean 0.
     rng
-        Of the parts.
+        Of the cells that the precision is chosen with.
 
     Returns
     -------
-    Coefficients ``(n_features, n_vars)``, and log scales of the cells, ``(n_obs, n_vars)``.
+    Coefficients ``(n_features, n_vars)``, and the precision, in half cells.
     """
-    spread = np.sqrt((residuals**2).mean(axis=0))
-    typical = np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
-    squares = residuals**2 + (_SMALLEST * typical) ** 2
+    squares = _squares(residuals)
     some = rng.permutation(len(squares))[:_ENOUGH]
     errors = [_left_out_error(features[some], squares[some], p) for p in PRECISIONS]
     precision = PRECISIONS[int(np.argmin(errors))]
-    coefficients = _fit(features, squares, precision)
-    parts = rng.permutation(len(squares)) % _N_PARTS
-    return coefficients, _left_out(features, squares, precision, parts, coefficients)
+    return _fit(features, squares, precision), precision
+
+
+def left_out_log_scale(
+    features: np.ndarray,
+    residuals: np.ndarray,
+    coefficients: np.ndarray,
+    precision: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Log scales of the cells, ``(n_obs, n_vars)``, by fits without their random part of them.
+
+    ``coefficients`` and ``precision`` are what :func:`fit_log_scale` says of all cells.
+    """
+    parts = rng.permutation(len(residuals)) % _N_PARTS
+    return _left_out(features, _squares(residuals), precision, parts, coefficients)
+
+
+def _squares(residuals: np.ndarray) -> np.ndarray:
+    """Squared residuals, none of them 0."""
+    spread = np.sqrt((residuals**2).mean(axis=0))
+    typical = np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
+    squares: np.ndarray = residuals**2 + (_SMALLEST * typical) ** 2
+    return squares
 
 
 def _left_out_error(features: np.ndarray, squares: np.ndarray, precision: float) -> float:

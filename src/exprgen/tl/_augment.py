@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,21 +13,29 @@ from anndata import AnnData
 from exprgen import _arguments
 from exprgen._errors import name_some
 from exprgen._random import resolve_seed
+from exprgen._validate import check_anndata
+from exprgen.models._query import new_donors
 from exprgen.tl._concat import concat
 from exprgen.tl._model import check_model
 from exprgen.tl._names import text_labels
 
 if TYPE_CHECKING:
+    from mudata import MuData
+
+    from exprgen._conditions import ConditionSchema
+    from exprgen._labels import Labels
     from exprgen.models import GenerativeModel
 
-__all__ = ["augment", "check_generator", "check_real", "shortages", "synthetic_like"]
+__all__ = ["augment", "check_generator", "real_cells", "shortages", "synthetic_like"]
+
+logger = logging.getLogger("exprgen")
 
 _SIZES = ("median", "max")
 Sizes = Literal["median", "max"] | int | Mapping[str, int]
 
 
 def augment(
-    adata: AnnData,
+    adata: AnnData | MuData,
     model: GenerativeModel,
     *,
     groupby: str,
@@ -37,15 +46,19 @@ def augment(
     """Fill groups of few cells up with cells that the model draws.
 
     Synthetic cells have the conditions, batches and donors of real cells of their group, drawn
-    with replacement. Whether they help is another question: see
-    :func:`exprgen.tl.augmentation_test`. They are for training something on, a classifier say.
-    They are no evidence: a test that counts them as observations finds whatever the model
-    believes.
+    with replacement. Donors that the model does not know (none is known to one whose file was
+    saved without ``donor_labels=True``) are replaced by new ones with labels of their own,
+    ``"new_donor_0"`` and so on: cells drawn for another donor do not bear a real one's name.
+
+    Whether they help is another question: see :func:`exprgen.tl.augmentation_test`. They are for
+    training something on, a classifier say. They are no evidence: a test that counts them as
+    observations finds whatever the model believes.
 
     Parameters
     ----------
     adata
-        Real cells, with counts where the model's setup found them.
+        Real cells, with counts where the model's setup found them. Of a MuData the modelled
+        modality is filled up.
     model
         A trained model of counts, of which ``groupby`` is a categorical condition.
     groupby
@@ -69,30 +82,35 @@ def augment(
         If the model cannot draw cells of these groups, or ``n_obs`` is not what it should be.
     """
     check_generator(model, groupby)
-    check_real(adata, "adata")
-    labels = text_labels(adata.obs, groupby, "groupby")
+    cells = real_cells(model, adata, "adata")
+    labels = text_labels(cells.obs, groupby, "groupby")
     if not len(labels):
         raise ValueError("adata has no cells: there is nothing to fill up.")
     missing = shortages(labels, n_obs)
     synthetic = synthetic_like(
-        adata, model, labels, missing, seed=resolve_seed(seed), progress_bar=progress_bar
+        cells, model, labels, missing, seed=resolve_seed(seed), progress_bar=progress_bar
     )
-    return concat(adata, synthetic, layer=model._setup_args["layer"])
+    return concat(cells, synthetic, layer=model._setup_args["layer"])
 
 
-def check_real(adata: AnnData, name: str) -> None:
-    """Refuse cells that were drawn already: they would count as real ones from here on.
+def real_cells(model: GenerativeModel, data: AnnData | MuData, name: str, *also: str) -> AnnData:
+    """Cells to read, of a MuData the modelled modality with further columns ``also``.
 
     Raises
     ------
+    TypeError
+        If there are none in it.
     ValueError
-        If there are any.
+        If some were drawn: they would count as real ones from here on.
     """
+    adata: AnnData = model._readable(data, *also)
+    check_anndata(adata, method=f"{name}=")
     if "synthetic" in adata.obs and (drawn := int(adata.obs["synthetic"].astype(bool).sum())):
         raise ValueError(
             f"{drawn} cells of {name} are synthetic (obs['synthetic']): give the real ones, "
             f"{name}[~{name}.obs['synthetic'].astype(bool)].copy()."
         )
+    return adata
 
 
 def check_generator(model: GenerativeModel, groupby: str) -> None:
@@ -114,7 +132,7 @@ def check_generator(model: GenerativeModel, groupby: str) -> None:
     if groupby not in model.schema.categorical_keys:
         raise ValueError(
             f"groupby={groupby!r} is no categorical condition of the model, which cannot draw "
-            f"cells of one group: its conditions are {name_some(model.schema.condition_keys)}."
+            f"cells of one group: these are {name_some(model.schema.categorical_keys) or 'none'}."
         )
 
 
@@ -166,8 +184,25 @@ def synthetic_like(
     columns = [key for key in schema.column_keys if key in adata.obs]
     obs = adata.obs[columns].iloc[chosen].reset_index(drop=True)
     obs.index = obs.index.astype(str)
+    if (donor := schema.donor) is not None and donor.key in obs:
+        obs[donor.key] = _drawn_donors(schema, donor, obs[donor.key], adata.obs[donor.key])
     key = schema.embedding_key
     vectors: dict[str, Any] = {} if key is None else {key: np.asarray(adata.obsm[key])[chosen]}
     like = AnnData(obs=obs, obsm=vectors, var=pd.DataFrame(index=model.var_names))
     # What the cells say of their conditions was said when these were trained on.
     return model.sample(like, on_extrapolation="ignore", progress_bar=progress_bar, seed=seed)
+
+
+def _drawn_donors(
+    schema: ConditionSchema, donor: Labels, labels: pd.Series, real: pd.Series
+) -> pd.Series:
+    """Labels with those of donors that the model does not know replaced, one by one."""
+    codes = donor.encode(labels, f"obs[{donor.key!r}] (donor_key)", unseen="null")
+    unknown = labels[codes < 0].unique()
+    if len(unknown):
+        logger.info(
+            "The model does not know the donors %s: synthetic cells are those of new donors.",
+            name_some(unknown),
+        )
+    own = dict(zip(unknown, new_donors(schema, len(unknown), taken=real.unique()), strict=True))
+    return labels.astype(object).map(lambda label: own.get(label, label))

@@ -13,6 +13,7 @@ other cells (donors) of this kind, for these training cells and this generator.
 
 from __future__ import annotations
 
+import warnings
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,21 @@ import numpy as np
 from scipy import sparse
 
 from exprgen import _arguments, metrics
-from exprgen._errors import name_some
+from exprgen._errors import DataQualityWarning, name_some
 from exprgen._random import resolve_seed
-from exprgen.tl._augment import check_generator, check_real, shortages, synthetic_like
-from exprgen.tl._counts import read_counts
+from exprgen.models._cells import cell_keys
+from exprgen.tl._augment import check_generator, real_cells, shortages, synthetic_like
+from exprgen.tl._classifier import check_classifier, fit
+from exprgen.tl._counts import gene_positions, read_counts
 from exprgen.tl._halves import read, same_cells
+from exprgen.tl._model import warn_if_donors_are_coded
 from exprgen.tl._names import text_labels
+from exprgen.tl._paired_bootstrap import compared, f1_of_draws, weights_of_units
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from mudata import MuData
 
     from exprgen.models import GenerativeModel
     from exprgen.tl._augment import Sizes
@@ -42,8 +48,8 @@ _MIN_UNITS = 5
 
 
 def augmentation_test(
-    train: AnnData,
-    test: AnnData,
+    train: AnnData | MuData,
+    test: AnnData | MuData,
     model: GenerativeModel,
     *,
     groupby: str,
@@ -65,7 +71,8 @@ def augmentation_test(
     test
         Real cells that neither the classifier nor the generator has seen.
     model
-        The generator, trained on cells of ``train`` only.
+        The generator, trained on cells of ``train`` only: what others taught it, copies of cells
+        of ``train`` cannot have.
     groupby
         Column of ``.obs``, a categorical condition of the model: what is to be predicted.
     n_obs
@@ -75,7 +82,8 @@ def augmentation_test(
         test is then about other donors. ``None``: about other cells.
     classifier
         An unfitted scikit-learn classifier; ``None`` is logistic regression on log1p of counts
-        per ten thousand, which any other will be given as well.
+        per ten thousand, which any other will be given as well. Its ``random_state``, if it has
+        one that is ``None``, is set by ``seed``.
     n_repeats
         Draws of synthetic cells and of duplicates, over which F1 is averaged.
     n_bootstrap
@@ -101,23 +109,41 @@ def augmentation_test(
 
     Raises
     ------
+    TypeError
+        If cells, the model or the classifier are something else.
     ValueError
         If test cells were seen, by name or by donor, if there are too few, or if no group is short
         of cells.
+
+    Warns
+    -----
+    ReproducibilityWarning
+        If donors are split by and the model's file was saved without their labels.
+    DataQualityWarning
+        If the model was trained on cells that are not in ``train``.
     """
     import pandas as pd
 
     check_generator(model, groupby)
-    check_real(train, "train")
-    check_real(test, "test")
+    check_classifier(classifier)
+    also = () if split_key is None else (split_key,)
+    train = real_cells(model, train, "train", *also)
+    test = real_cells(model, test, "test", *also)
     _arguments.check_positive_int(n_repeats, "n_repeats")
     _arguments.check_positive_int(n_bootstrap, "n_bootstrap", minimum=100)
     level = _arguments.check_number(level, "level", "(0, 1)")
     layer = model._setup_args["layer"]
-    genes = model.var_names
-    reference = train[:, genes]
+    reference, asked = (
+        cells[:, gene_positions(cells.var_names, model.var_names, name=name, exact=False)]
+        for cells, name in ((train, "train"), (test, "test"))
+    )
     known = read(reference, reference, groupby, layer, name="train")
-    held = read(test[:, genes], reference, groupby, layer, name="test")
+    held = read(asked, reference, groupby, layer, name="test")
+    if len(known.sizes) < 2:
+        raise ValueError(
+            f"obs[{groupby!r}] (groupby) of train has {len(known.sizes)} labels: a classifier "
+            "needs two or more to tell apart."
+        )
     unit = _units(train, test, known, held, model, split_key)
     missing = shortages(known.groups, n_obs)
     if not missing:
@@ -152,11 +178,13 @@ def augmentation_test(
         for arm in _ARMS:
             if arm == "none" and predicted[arm]:
                 continue
-            fitted = _fit(classifier, *training[arm])
+            fitted = fit(classifier, *training[arm], seed)
             predicted[arm].append(np.asarray(fitted.predict(held.values)).astype(str))
-    weights = _weights(unit, n_bootstrap, rng)
+    weights = weights_of_units(unit, n_bootstrap, rng)
     scores = {
-        arm: np.mean([_f1(p, held.groups, groups, unit, weights) for p in predicted[arm]], 0)
+        arm: np.mean(
+            [f1_of_draws(p, held.groups, groups, unit, weights) for p in predicted[arm]], 0
+        )
         for arm in _ARMS
     }
     at = {"filled groups": np.isin(groups, filled), "macro": np.ones(len(groups), bool)}
@@ -167,7 +195,7 @@ def augmentation_test(
         for baseline, arm in combinations(_ARMS, 2):
             rows.append(
                 {"metric": metric, "comparison": f"{arm} - {baseline}"}
-                | _compared(values[arm], values[baseline], level)
+                | compared(values[arm], values[baseline], level)
             )
     table = pd.DataFrame(rows)
     table.attrs = {
@@ -180,15 +208,6 @@ def augmentation_test(
         "seed": seed,
     }
     return table
-
-
-def _fit(classifier: Any, values: sparse.csr_matrix, labels: np.ndarray) -> Any:
-    """A classifier trained from the start."""
-    from sklearn.base import clone
-    from sklearn.linear_model import LogisticRegression
-
-    fresh = LogisticRegression(max_iter=1000) if classifier is None else clone(classifier)
-    return fresh.fit(values, labels)
 
 
 def _units(
@@ -205,14 +224,19 @@ def _units(
     ------
     KeyError, ValueError
         If test cells are known to the classifier or the generator, or units are too few.
+
+    Warns
+    -----
+    DataQualityWarning
+        If the generator knows cells that the classifier does not.
     """
     both = same_cells(known, train.obs_names, held, test.obs_names)
     if both:
         raise ValueError(
             f"{len(both)} cells of test are in train: {name_some(both)}. Test on others."
         )
-    split = model._split_of(test)
-    seen = 0 if split is None else int((split != "new").sum())
+    trained = np.concatenate(list(model.cell_keys_.values()))
+    seen = np.isin(cell_keys(test, model._reader(test)), trained).sum()
     if seen:
         raise ValueError(
             f"{seen} cells of test were in the training or validation of the model: what it draws "
@@ -230,6 +254,7 @@ def _units(
                     f"The model was trained on donors of test: {name_some(known_donors)}. Train "
                     "it without them."
                 )
+            warn_if_donors_are_coded(model, "test", stacklevel=3)
         shared = np.intersect1d(labels, trained)
         if shared.size:
             raise ValueError(
@@ -243,53 +268,16 @@ def _units(
             f"test has {n} {split_key or 'cells'}: no interval can be had from fewer than "
             f"{_MIN_UNITS}. Hold out more" + (", or leave split_key out." if split_key else ".")
         )
+    others = ~np.isin(trained, cell_keys(train, model._reader(train)))
+    if others.any():
+        warnings.warn(
+            f"The model was trained on {others.sum()} cells (of {len(trained)}) that are not in "
+            "train, by name and counts: what synthetic cells gain may be what these taught it, "
+            "and were they renamed, they may be in test. Train it on cells of train only.",
+            DataQualityWarning,
+            stacklevel=3,
+        )
     return unit
-
-
-def _weights(unit: np.ndarray, n_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each unit is drawn, ``(1 + n_bootstrap, n_units)``; all of them once at first."""
-    n = int(unit.max()) + 1
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
-    return np.vstack([np.ones((1, n), drawn.dtype), drawn]).astype(np.float32)
-
-
-def _f1(
-    predicted: np.ndarray,
-    truth: np.ndarray,
-    groups: np.ndarray,
-    unit: np.ndarray,
-    weights: np.ndarray,
-) -> np.ndarray:
-    """F1 of each group on each draw of the units, ``(n_draws, n_groups)``; 0 where undefined."""
-    n = weights.shape[1]
-
-    def per_unit(condition: np.ndarray) -> np.ndarray:
-        return np.bincount(unit, condition, minlength=n)
-
-    scores = np.zeros((len(weights), len(groups)))
-    for i, group in enumerate(groups):
-        is_group, called = truth == group, predicted == group
-        hits = weights @ per_unit(is_group & called)
-        both = weights @ (per_unit(is_group) + per_unit(called))
-        scores[:, i] = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
-    return scores
-
-
-def _compared(value: np.ndarray, baseline: np.ndarray, level: float) -> dict[str, float]:
-    """Two scores, their first entry observed and the others bootstrapped."""
-    difference = value - baseline
-    drawn = difference[1:]
-    lower, upper = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    n = len(drawn)
-    below, above = ((drawn <= 0).sum() + 1) / (n + 1), ((drawn >= 0).sum() + 1) / (n + 1)
-    return {
-        "value": value[0],
-        "baseline": baseline[0],
-        "difference": difference[0],
-        "lower": lower,
-        "upper": upper,
-        "p_value": min(1.0, 2 * min(below, above)),
-    }
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -24,13 +24,20 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import TrainingStoppedWarning, name_some
+from exprgen._errors import (
+    DataQualityWarning,
+    ExtrapolationWarning,
+    TrainingStoppedWarning,
+    name_some,
+)
 from exprgen._random import generator, resolve_seed
+from exprgen._validate import check_anndata
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
 from exprgen.models._progress import blocks
 from exprgen.models._query import CELL
 from exprgen.tl._counts import read_counts
-from exprgen.tl._names import check_names, text_labels
+from exprgen.tl._held_out import check_labels_are_known, held_out
+from exprgen.tl._names import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +54,6 @@ _OF_COUNTS = ("poisson", "nb", "contaminated_nb", "zinb")
 _CONTINUOUS = ("gaussian", "mixture_of_gaussians")
 _DENSITIES = ("mixture", "gaussian", "flow", "path")
 _SCALE = 1e4
-_MIN_CELLS = 10
 
 
 def compare_likelihoods(
@@ -89,7 +95,8 @@ def compare_likelihoods(
     test_size
         Share of cells held out at random.
     split_key
-        Column of ``.obs`` whose labels are held out whole instead: cells of new donors, say.
+        Column of ``.obs`` whose labels are held out whole instead: cells of new donors, say. It
+        cannot be a categorical condition or the batch, of which models know trained labels only.
     max_epochs
         Of every training; ``None`` is each model's default.
     n_samples
@@ -104,19 +111,28 @@ def compare_likelihoods(
     pandas.DataFrame
         One row per model, best first: ``likelihood``; ``density``; ``log_pmf``, nats per held-out
         cell given its total, a bound; ``difference`` from the best and ``difference_se``, its
-        standard error over cells, which are paired (with ``split_key`` over its labels);
-        ``n_test``, ``n_train``. Differences of another seed are not in the standard error.
+        standard error over cells, which are paired (with ``split_key`` over its labels, and NaN
+        if one is held out); ``n_test``, ``n_train``. Differences of another seed are not in the
+        standard error.
 
     Raises
     ------
     KeyError, TypeError, ValueError
         If an argument is not what it should be, or cells are too few.
+
+    Warns
+    -----
+    DataQualityWarning
+        If ``split_key`` holds out one label: how labels differ is not known then.
     """
     import pandas as pd
 
+    check_anndata(adata, method="adata=")
     likelihoods = _chosen(likelihoods, "likelihoods", (*_CONTINUOUS, *_OF_COUNTS))
     densities = _chosen(densities, "densities", _DENSITIES)
     test_size = _arguments.check_number(test_size, "test_size", "(0, 1)")
+    if max_epochs is not None:
+        _arguments.check_positive_int(max_epochs, "max_epochs")
     _arguments.check_positive_int(n_samples, "n_samples")
     pairs = [(a, b) for a in likelihoods for b in densities if _exists(a, b)]
     if not pairs:
@@ -126,12 +142,20 @@ def compare_likelihoods(
         )
     counts = read_counts(adata, layer, name="adata")
     seed = resolve_seed(seed)
-    test, unit = _held_out(adata, test_size, split_key, seed)
+    test, unit = held_out(adata, test_size, split_key, seed)
     setup: dict[str, Any] = {
         "categorical_condition_keys": categorical_condition_keys,
         "continuous_condition_keys": continuous_condition_keys,
         "batch_key": batch_key,
     }
+    check_labels_are_known(adata.obs, test, setup)
+    if unit is not None and len(np.unique(unit)) == 1:
+        warnings.warn(
+            f"One label of obs[{split_key!r}] (split_key) is held out, {unit[0]!r}: how labels "
+            "differ is not known, and difference_se is NaN. A larger test_size holds out several.",
+            DataQualityWarning,
+            stacklevel=2,
+        )
     training: dict[str, Any] = {"accelerator": accelerator, "progress_bar": progress_bar}
     scores = {}
     for likelihood, density in pairs:
@@ -173,7 +197,7 @@ def compare_likelihoods(
 
 def _chosen(given: str | Sequence[str], name: str, allowed: Sequence[str]) -> list[str]:
     """Names, all of which are allowed."""
-    names = check_names(given, name, "several")
+    names = check_names(given, name, "")
     if not names:
         raise ValueError(f"{name} is empty; name some of {', '.join(allowed)}.")
     for one in names:
@@ -194,29 +218,6 @@ def _model(likelihood: str, density: str) -> tuple[type[GenerativeModel], dict[s
         return ZINBVAE, {"density": density}
     model_class = CondVAE if likelihood in _CONTINUOUS else NBVAE
     return model_class, {"likelihood": likelihood, "density": density}
-
-
-def _held_out(
-    adata: AnnData, test_size: float, split_key: str | None, seed: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which cells are held out ``(n_obs,)``, and the label of each of these if they go whole."""
-    rng = np.random.default_rng(seed)
-    if split_key is None:
-        test = np.zeros(adata.n_obs, dtype=bool)
-        test[rng.permutation(adata.n_obs)[: round(test_size * adata.n_obs)]] = True
-        unit = None
-    else:
-        labels = text_labels(adata.obs, split_key, "split_key")
-        known = np.unique(labels)
-        n_held = max(1, round(test_size * len(known)))
-        test = np.isin(labels, rng.permutation(known)[:n_held])
-        unit = labels[test]
-    if min(test.sum(), (~test).sum()) < _MIN_CELLS:
-        raise ValueError(
-            f"{test.sum()} cells would be held out and {(~test).sum()} trained on; at least "
-            f"{_MIN_CELLS} of both are needed. Change test_size, or give more cells."
-        )
-    return test, unit
 
 
 def _cells(
@@ -252,10 +253,6 @@ def _interval_log_pmf(
     seed: int,
 ) -> np.ndarray:
     """Log-probability of counts under a model of normalised values, a bound, ``(n_obs,)``."""
-    import warnings
-
-    from exprgen._errors import ExtrapolationWarning
-
     with warnings.catch_warnings():
         # Values below the least of training have an interval like all others.
         warnings.simplefilter("ignore", ExtrapolationWarning)

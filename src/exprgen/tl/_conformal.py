@@ -18,6 +18,7 @@ import pandas as pd
 
 from exprgen import _arguments, _slots
 from exprgen._random import resolve_seed
+from exprgen._tables import key_list
 from exprgen.metrics import conformal_threshold
 from exprgen.tl._conformal_checks import (
     check_alike,
@@ -30,7 +31,8 @@ from exprgen.tl._conformal_checks import (
     warn_of_sizes,
 )
 from exprgen.tl._counts import gene_positions
-from exprgen.tl._predicted import Predicted, labels_of, observed, read_predicted
+from exprgen.tl._names import text_labels
+from exprgen.tl._predicted import Predicted, observed, read_predicted
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -138,6 +140,7 @@ def conformalize(
     if per_gene is None:
         per_gene = donor_key is not None
     _arguments.check_bool(per_gene, "per_gene")
+    key_list(layer, "layer", many=False)
     seed = resolve_seed(seed)
     target = read_predicted(adata, key, name="adata")
     source = read_predicted(calibration, key, name="calibration")
@@ -151,7 +154,7 @@ def conformalize(
         units, labels = np.arange(calibration.n_obs), source_groups
         values = cells_per_mean = None
     else:
-        donors = labels_of(calibration, donor_key, "donor_key", name="calibration")
+        donors = text_labels(calibration.obs, donor_key, "donor_key", "calibration.obs")
         check_donors(adata, donor_key, donors, source)
         rows, cells_per_mean, values = group_means(
             calibration, layer, source, donors, source_groups
@@ -247,7 +250,7 @@ def group_means(
 def _groups(adata: AnnData, groupby: str | None, name: str) -> np.ndarray:
     if groupby is None:
         return np.full(adata.n_obs, "", dtype=object)
-    return labels_of(adata, groupby, "groupby", name=name)
+    return text_labels(adata.obs, groupby, "groupby", f"{name}.obs")
 
 
 def _thresholds(tails: np.ndarray, units: np.ndarray, alpha: float, per_gene: bool) -> np.ndarray:

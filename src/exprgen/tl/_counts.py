@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 from exprgen._errors import GeneMismatchError, name_some
 from exprgen._matrix import as_reader
+from exprgen._tables import key_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +25,14 @@ def read_counts(adata: AnnData, layer: str | None, *, name: str) -> sp.csr_matri
 
     Raises
     ------
+    TypeError
+        The layer is no name.
     KeyError
-        The layer is missing.
+        It is missing.
     ValueError
         Values are negative, not finite or not whole numbers.
     """
+    key_list(layer, "layer", many=False)
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"{name} has no layer {layer!r}; its layers are {sorted(filter(None, adata.layers))}. "

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from exprgen import _arguments
+from exprgen import _arguments, _validate
 from exprgen._random import generator, resolve_seed
 from exprgen.models import GenerativeModel
 from exprgen.models._query import CELL, TABLE
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+    from mudata import MuData
 
     from exprgen.models._query import Query
 
@@ -60,7 +61,7 @@ def effect(
     library: float | None = None,
     pseudocount: float = 0.1,
     n_samples: int = 2000,
-    adata: AnnData | None = None,
+    adata: AnnData | MuData | None = None,
     key_added: str | None = "effect",
     seed: int | None = None,
 ) -> pd.DataFrame:
@@ -86,18 +87,20 @@ def effect(
         Smallest absolute log2 fold change of interest.
     n_donors
         Donors on either side, others under ``a`` than under ``b``, in a study whose fold change is
-        asked for; needs a model of counts with a ``donor_key``. ``None``: the same donors.
+        asked for; needs a model of counts with a ``donor_key``. How much they vary is the mean of
+        what the models say. ``None``: the same donors.
     level
         Of the interval; ``None`` gives fold changes only.
     library
-        Depth at which both sides are compared, on the scale of setup; ``None`` is 10,000. Models
-        of counts only.
+        Depth at which both sides are compared, on the scale of setup, up to 1e15; ``None`` is
+        10,000. Models of counts only.
     pseudocount
         Added to both sides, in counts at that depth: below it there are no fold changes.
     n_samples
         Draws of the latent state per side and model.
     adata
-        Where to write, in the layout of :func:`scanpy.tl.rank_genes_groups`; ``None`` nowhere.
+        Where to write, in the layout of :func:`scanpy.tl.rank_genes_groups`: an object with the
+        model's genes, no view; of a MuData its modelled modality. ``None`` nowhere.
     key_added
         Key of ``adata.uns``.
     seed
@@ -113,13 +116,18 @@ def effect(
         of an absolute fold change above ``delta`` (1 for ``delta=0``); ``std`` and its terms
         ``std_parameter``, ``std_donor`` and ``std_sampling``, the Monte Carlo error, which of
         several models is in the first; ``mean_a``, ``mean_b``, at that depth. Without an interval
-        what needs one is NaN, and scores are fold changes.
+        what needs one is NaN, p-values among them, and scores are fold changes.
+
+        Means are those of a donor without an effect, and of the signal: outliers, where the
+        likelihood has them, are no part of it. ``predict(of="mean")`` has both.
 
     Raises
     ------
     ValueError
         If an interval is asked for and there is nothing that it could hold, if ``a`` and ``b``
-        are the same, or if the key is taken.
+        are the same, if the key is taken, or ``adata`` is a view.
+    GeneMismatchError
+        If ``adata`` lacks genes of the model.
     """
     given = [model] if isinstance(model, GenerativeModel) else model
     models = check_ensemble(given, minimum=1)
@@ -132,9 +140,8 @@ def effect(
     for one in models:
         one._check_has_depth(library=library)
     library = _LIBRARY if library is None else library
-    library = _arguments.check_number(library, "library", "(0, inf)")
-    if adata is not None:
-        check_ranked_key(adata, key_added, _METHOD)
+    library = _arguments.check_number(library, "library", f"(0, {_validate.LARGEST:g}]")
+    home = None if adata is None else _home(models[0], adata, key_added)
     seed = resolve_seed(seed)
     group, reference = _names(models[0], a, b)
     under_a, under_b = (
@@ -142,14 +149,14 @@ def effect(
         for side in (a, b)
     )
     change = _fold_change(models[0], under_a, under_b, pseudocount)
-    means = under_a.mean((0, 1)), under_b.mean((0, 1))
-    law = law_of_change(models[0], change, means, n_donors, pseudocount)
+    means = under_a.mean(1), under_b.mean(1)
+    law = law_of_change(models, change, means, n_donors, pseudocount)
     table = columns_of(law, delta, level)
-    table = table.assign(mean_a=means[0], mean_b=means[1])
+    table = table.assign(mean_a=means[0].mean(0), mean_b=means[1].mean(0))
     table.insert(0, "names", models[0].var_names.to_numpy())
     table.insert(0, "group", group)
     table = table.sort_values("scores", ascending=False, kind="stable", ignore_index=True)
-    if adata is not None and key_added is not None:
+    if home is not None and key_added is not None:
         params = {
             "groupby": ", ".join(models[0].schema.condition_keys),
             "reference": reference,
@@ -164,8 +171,17 @@ def effect(
             "n_samples": n_samples,
             "seed": seed,
         }
-        store_ranked(adata, key_added, table, params)
+        store_ranked(home, key_added, table, params)
     return table
+
+
+def _home(model: GenerativeModel, adata: AnnData | MuData, key_added: str | None) -> AnnData:
+    """Where results about the model's genes are written."""
+    adata = model._home(adata)
+    _validate.check_anndata(adata, method="effect(adata=...)")
+    check_ranked_key(adata, key_added, _METHOD)
+    _validate.align_genes(adata.var_names, model.var_names, quiet=True)
+    return adata
 
 
 def _check_sources(

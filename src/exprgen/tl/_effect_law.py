@@ -32,13 +32,17 @@ class LawOfChange(NamedTuple):
 
 
 def law_of_change(
-    model: GenerativeModel,
+    models: Sequence[GenerativeModel],
     change: np.ndarray,
     means: Sequence[np.ndarray],
     n_donors: int | None,
     pseudocount: float,
 ) -> LawOfChange:
-    """Fold changes ``(n_models, n_parts, n_vars)`` and donors as one law."""
+    """Fold changes ``(n_models, n_parts, n_vars)`` and donors as one law.
+
+    ``means`` are those under either condition, ``(n_models, n_vars)``. The donors' variance is the
+    mean of what the models say, each as likely.
+    """
     n_models, n_parts, n_vars = change.shape
     of_model = change.mean(1)
     parameter, sampling, donor = np.zeros((3, n_vars))
@@ -50,11 +54,11 @@ def law_of_change(
         sampling = change[0].var(0, ddof=1) / n_parts
         terms.append((sampling, n_parts - 1))
     if n_donors is not None:
-        effects = cast("DonorEffect", model.module.space.donors)
-        variance = effects.variance().detach().double().cpu().numpy() / np.log(2) ** 2
+        effects = [cast("DonorEffect", model.module.space.donors) for model in models]
+        variance = np.stack([e.variance().detach().double().cpu().numpy() for e in effects])
         kept = sum((mean / (mean + pseudocount)) ** 2 for mean in means)
-        donor = variance * kept / n_donors
-        terms.append((donor, effects.dof))
+        donor = (variance * kept).mean(0) / np.log(2) ** 2 / n_donors
+        terms.append((donor, effects[0].dof))
     total = sum(term for term, _ in terms)
     dof = np.maximum(total, 1e-24) ** 2 / np.maximum(sum(t**2 / d for t, d in terms), 1e-48)
     return LawOfChange(of_model.mean(0), parameter, donor, sampling, dof)

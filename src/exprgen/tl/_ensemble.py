@@ -7,15 +7,17 @@ that as a term of its variance :cite:p:`lakshminarayanan2017`.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from exprgen._errors import name_some
+import numpy as np
+
+from exprgen._errors import DataQualityWarning, name_some
 from exprgen.tl._model import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     import pandas as pd
     from anndata import AnnData
     from mudata import MuData
@@ -60,7 +62,8 @@ def predict_ensemble(
     ----------
     models
         At least two trained models of one class, with the same genes and conditions, trained from
-        different seeds.
+        different seeds. Of models that were loaded without their donors' labels, the number of
+        donors must be the same.
     conditions, of, n_cells, genes, library, quantiles, unseen, on_extrapolation
         See :meth:`exprgen.NBVAE.predict`.
     n_samples
@@ -75,7 +78,12 @@ def predict_ensemble(
     Raises
     ------
     TypeError, ValueError
-        If these are not such models.
+        If these are not such models, or ``conditions`` name donors that not all of them know.
+
+    Warns
+    -----
+    DataQualityWarning
+        If they were trained on different cells, whose differences are then in the last term too.
     """
     models = check_ensemble(models)
     return models[0]._predict(
@@ -109,6 +117,11 @@ def check_ensemble(
     ValueError
         If they are too few, one of them occurs twice, or they differ in class, genes or
         conditions.
+
+    Warns
+    -----
+    DataQualityWarning
+        If they were trained on different cells.
     """
     if not isinstance(models, list | tuple):
         raise TypeError(f"models must be a list of models, got {type(models).__name__}.")
@@ -129,7 +142,7 @@ def check_ensemble(
             other = model.var_names.symmetric_difference(first.var_names)
             what = f" ({name_some(other)})" if len(other) else ", or their order,"
             raise ValueError(f"models must have the same genes; theirs differ{what}.")
-        if model.schema.to_dict() != first.schema.to_dict():
+        if _comparable(model, models) != _comparable(first, models):
             raise ValueError(
                 "models must have the same conditions: columns, labels and ranges of all. Train "
                 "them on the same cells with the same setup."
@@ -137,10 +150,25 @@ def check_ensemble(
         for what, theirs in _fixed(model).items():
             if (own := _fixed(first)[what]) != theirs:
                 raise ValueError(f"models must have the same {what}; got {own!r} and {theirs!r}.")
+    cells = [set(np.concatenate(list(model.cell_keys_.values())).tolist()) for model in models]
+    if n_others := len(set.union(*cells) - set.intersection(*cells)):
+        warnings.warn(
+            f"models were trained on different cells: {n_others} of {len(set.union(*cells))} are "
+            "unknown to some of them, in training or validation. What they differ by is not "
+            "only what the same cells leave open. Train them on the same cells.",
+            DataQualityWarning,
+            stacklevel=3,
+        )
     seeds = [model.seed_ for model in models]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"models must be trained from different seeds, theirs are {seeds}.")
     return tuple(models)
+
+
+def _comparable(model: GenerativeModel, models: Sequence[GenerativeModel]) -> dict[str, Any]:
+    """A model's conditions; without donors' labels where the files of some did not keep them."""
+    coded = any(other.schema.has_coded_donors for other in models)
+    return (model.schema.with_coded_donors() if coded else model.schema).to_dict()
 
 
 def _fixed(model: GenerativeModel) -> dict[str, Any]:

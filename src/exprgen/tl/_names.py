@@ -28,7 +28,8 @@ def check_names(given: Any, argument: str, others: str = "None") -> list[str]:
         names = list(names)
         if all(isinstance(name, str) for name in names):
             return list(dict.fromkeys(names))
-    raise TypeError(f"{argument} must be a name, a list of names, or {others}, got {given!r}.")
+    allowed = f"a name, a list of names, or {others}" if others else "a name or a list of names"
+    raise TypeError(f"{argument} must be {allowed}, got {given!r}.")
 
 
 def text_labels(obs: pd.DataFrame, key: str, argument: str, where: str = "obs") -> np.ndarray:
@@ -36,11 +37,15 @@ def text_labels(obs: pd.DataFrame, key: str, argument: str, where: str = "obs") 
 
     Raises
     ------
+    TypeError
+        If ``key`` is no name.
     KeyError
         If there is no such column.
     CovariateError
         If cells have no label.
     """
+    if not isinstance(key, str):
+        raise TypeError(f"{argument} must be the name of one column of {where}, got {key!r}.")
     if key not in obs:
         raise KeyError(f"{argument}={key!r} is no column of {where}.{closest(key, obs.columns)}")
     column = obs[key]

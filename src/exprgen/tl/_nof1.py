@@ -9,18 +9,18 @@ donors or thirty the first is the same; without the second, every gene in which 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import CovariateError, name_some
+from exprgen._errors import CovariateError, DataQualityWarning, name_some
 from exprgen._random import generator, resolve_seed
 from exprgen.models._query import CELL, TABLE
-from exprgen.models._statistics import order_statistics
 from exprgen.models._tails import tails_of_mean
-from exprgen.tl._model import check_model
+from exprgen.tl._model import check_model, warn_if_donors_are_coded
 from exprgen.tl._names import text_labels
 from exprgen.tl._ranked import check_ranked_key, signed_scores, store_ranked
 
@@ -35,6 +35,7 @@ __all__ = ["nof1_de"]
 
 _METHOD = "exprgen.nof1_de"
 _MIN_EXPECTED = 10  # counts in all: p-values of fewer come in steps, and many are 1
+_MIN_GENES = 20  # a median of fewer is mostly chance
 
 
 def nof1_de(
@@ -67,9 +68,12 @@ def nof1_de(
         differ in one cell type and not in another, samples in ways that belong to no gene, and the
         model knows neither. ``"genes"`` takes it of each group from the sample's own genes, by the
         median of their squared scores :cite:p:`devlin1999`, at least 1: right where most genes
-        are as in anybody, cautious where most are not. A number is taken as it is, 1 as none.
+        are as in anybody, cautious where most are not. Genes count of which ten counts are
+        expected in the group; of fewer than 20 such genes it is not estimated, but 1, with a
+        warning. A number is taken as it is, 1 as none.
     level
-        Of the expected range ``lower`` to ``upper``: the share of new donors inside it.
+        Of the expected range ``lower`` to ``upper``: the share of new donors inside it. The
+        observed mean is outside where ``pvals`` is below 1 - ``level``, and only there.
     n_samples
         Draws of the latent state per group.
     key_added
@@ -91,15 +95,25 @@ def nof1_de(
 
         P-values are tail probabilities of the model's law of the mean, integrated rather than
         drawn, hence of any size. They assume that the model's genes vary between donors as
-        estimated from the training donors, alike in all groups.
+        estimated from the training donors, alike in all groups. What the parameters of a
+        :class:`~exprgen.HybridResidualModel`'s mean leave open is in them where the mean knows it,
+        as ``"hierarchical"`` does; other parameters are taken as known.
 
     Raises
     ------
     ValueError
         If the model has no donor effects, some cells are training cells, the donor is known, there
-        are several, or ``uns[key_added]`` is taken.
+        are several, a group has no counts or no name, or ``uns[key_added]`` is taken.
     CovariateError
         If conditions differ within a group.
+
+    Warns
+    -----
+    ReproducibilityWarning
+        If the model was loaded from a file without its donors' labels: then training cells are
+        recognised, but not other cells of a donor that was trained on.
+    DataQualityWarning
+        If a group has too few genes for ``inflation="genes"``.
     """
     import pandas as pd
     from scipy.special import ndtr, ndtri
@@ -129,24 +143,29 @@ def nof1_de(
     query = model._ask(
         cells.adata[first], draw_batch=False, rng=np.random.default_rng([seed, TABLE])
     )
-    parts = []
+    likelihood = model.module.space.likelihood
+    totals = {group: _total(cells, rows) for group, rows in groups.items()}
+    if likelihood.is_count and (empty := [g for g, total in totals.items() if not total.any()]):
+        raise ValueError(
+            f"Cells of {groupby}={name_some(empty)} have no counts of the model's genes: there is "
+            "no depth to compare them at. Leave them out."
+        )
+    parts, untold = [], []
     for i, (group, rows) in enumerate(groups.items()):
         noise = generator(seed, CELL, i)
         depth = _depths(cells, rows, n_samples) if model.module.space.depth is not None else None
         decoded, _ = model._decoded(query, i, depth, n_samples, noise, seed)
-        total = sum(
-            cells.reader.rows(block).sum(0, dtype=np.float64)
-            for block in np.array_split(rows, -(-len(rows) // 4096))
-        )
-        likelihood = model.module.space.likelihood
-        tails = tails_of_mean(likelihood, donors, decoded, total, len(rows), noise)
+        total, share = totals[group], model._parameter_share(query, i)
+        tails = tails_of_mean(likelihood, donors, decoded, total, len(rows), share)
         score = signed_scores(tails.p_value, tails.at_least <= tails.at_most)
         told = tails.expected * len(rows) >= _MIN_EXPECTED if likelihood.is_count else slice(None)
         factor = _inflation(score[told]) if isinstance(inflation, str) else inflation
+        if isinstance(inflation, str) and len(score[told]) < _MIN_GENES:
+            untold.append(group)
         score = score / np.sqrt(factor)
         p = np.clip(2 * ndtr(-np.abs(score)), 1e-300, 1)
         beyond = ndtr(ndtri((1 - level) / 2) * np.sqrt(factor))
-        lower, upper = order_statistics(tails.draws, [beyond, 1 - beyond])
+        lower, upper = tails.interval(beyond)
         observed = total / len(rows)
         half = 0.5 / len(rows)
         change = (
@@ -171,6 +190,14 @@ def nof1_de(
             }
         )
         parts.append(part.sort_values("scores", ascending=False, kind="stable"))
+    if untold:
+        warnings.warn(
+            f"Inflation of {groupby}={name_some(untold)} is taken as 1, none: fewer than "
+            f"{_MIN_GENES} genes are known well enough ({_MIN_EXPECTED} expected counts) to "
+            "estimate it. Leave these cells out, or give inflation=1.0 if none is meant.",
+            DataQualityWarning,
+            stacklevel=2,
+        )
     table = pd.concat(parts, ignore_index=True)
     if key_added is not None:
         store_ranked(home, key_added, table, _params(model, groupby, level, n_samples, seed))
@@ -217,12 +244,18 @@ def _check_one_new_donor(cells: Cells, model: GenerativeModel) -> None:
             f"adata is not new to the model: {seen} in its training, which has learned what it "
             "should judge. Train on other donors only."
         )
+    warn_if_donors_are_coded(model, "adata", stacklevel=3)
 
 
 def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.ndarray]:
     """Rows of every group that has cells, in the order of the labels."""
     obs = cells.adata.obs
     labels, column = text_labels(obs, groupby, "groupby"), obs[groupby]
+    if n_unnamed := int((labels == "").sum()):
+        raise ValueError(
+            f"obs[{groupby!r}] (groupby) is '' in {n_unnamed} cells: a group needs a name. Give "
+            "them one, or leave them out."
+        )
     order = column.cat.categories if column.dtype == "category" else np.unique(column)
     groups = {str(g): np.flatnonzero(labels == str(g)) for g in order if (labels == str(g)).any()}
     table, embedding = model.schema.parse(cells.adata, argument="adata")
@@ -239,11 +272,17 @@ def _groups(cells: Cells, model: GenerativeModel, groupby: str) -> dict[str, np.
     return groups
 
 
+def _total(cells: Cells, rows: np.ndarray) -> np.ndarray:
+    """Sum over some cells, ``(n_vars,)`` float64."""
+    blocks = np.array_split(rows, -(-len(rows) // 4096))
+    return np.sum([cells.reader.rows(block).sum(0, dtype=np.float64) for block in blocks], 0)
+
+
 def _inflation(scores: np.ndarray) -> float:
-    """Median of squared scores over that of a standard normal's, at least 1."""
+    """Median of squared scores over that of a standard normal's, at least 1; 1 of few."""
     from scipy.stats import chi2
 
-    if not len(scores):
+    if len(scores) < _MIN_GENES:
         return 1.0
     return max(1.0, float(np.median(scores**2) / chi2.median(1)))
 

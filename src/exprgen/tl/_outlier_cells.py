@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exprgen._errors import DataQualityWarning, closest, name_some
+from exprgen._errors import DataQualityWarning, name_some
 from exprgen.models._cells import cell_keys, split_labels
+from exprgen.tl._names import text_labels
 from exprgen.tl._same_cells import repeated_cells, shared_cells
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def groups_of(
 
     Raises
     ------
-    KeyError, ValueError
-        If there are no cells, or too few calibration cells, all in all or of a group; if the
-        column is missing or has missing values.
+    TypeError, KeyError, CovariateError
+        If the column is no name, missing, or has missing values.
+    ValueError
+        If there are no cells, or too few calibration cells, all in all or of a group.
     """
     if not query.n_obs:
         raise ValueError("adata has no cells: there is nothing to judge.")
@@ -43,20 +45,11 @@ def groups_of(
         )
     if groupby is None:
         return np.zeros(query.n_obs), np.zeros(reference.n_obs)
-    found = []
-    for cells, name in ((query, "adata"), (reference, "calibration")):
-        if groupby not in cells.obs:
-            raise KeyError(
-                f"groupby={groupby!r} is no column of {name}.obs.{closest(groupby, cells.obs)}"
-            )
-        missing = cells.obs[groupby].isna().to_numpy()
-        if missing.any():
-            raise ValueError(
-                f"{name}.obs[{groupby!r}] (groupby) is missing for {missing.sum()} cells: "
-                f"{name_some(cells.obs_names[missing])}. Give them a label, or leave them out."
-            )
-        found.append(cells.obs[groupby].astype(str).to_numpy())
-    without = np.setdiff1d(*found)
+    found = [
+        text_labels(cells.obs, groupby, "groupby", f"{name}.obs")
+        for cells, name in ((query, "adata"), (reference, "calibration"))
+    ]
+    without = np.setdiff1d(found[0], found[1])
     if without.size:
         raise ValueError(
             f"calibration has no cell of {without.size} groups of adata.obs[{groupby!r}]: "

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from exprgen._errors import closest, name_some
+from exprgen._errors import name_some
 from exprgen._levels import Law
 from exprgen._slots import quantile_name
 from exprgen._validate import check_anndata
@@ -26,7 +26,6 @@ __all__ = [
     "Predicted",
     "check_given",
     "dense",
-    "labels_of",
     "names_of",
     "observed",
     "read_predicted",
@@ -203,8 +202,10 @@ def check_given(adata: object, key: str, *, name: str) -> None:
     Raises
     ------
     TypeError
-        For a MuData, a path, anything else.
+        For a MuData, a path, anything else; if ``key`` is no name.
     """
+    if not isinstance(key, str):
+        raise TypeError(f"key must be the key_added of what wrote the results, got {key!r}.")
     if hasattr(adata, "mod"):
         found = [name for name, mod in adata.mod.items() if key in mod.uns] or [*adata.mod]
         raise TypeError(
@@ -212,28 +213,6 @@ def check_given(adata: object, key: str, *, name: str) -> None:
             f"mdata[{found[0]!r}]."
         )
     check_anndata(adata, method=f"{name}=")
-
-
-def labels_of(adata: AnnData, column: str, argument: str, *, name: str) -> np.ndarray:
-    """A column of obs without gaps, as strings, ``(n_obs,)``.
-
-    Raises
-    ------
-    KeyError, ValueError
-        If there is no such column, or cells have no label.
-    """
-    if column not in adata.obs:
-        raise KeyError(
-            f"{argument}={column!r} is no column of {name}.obs."
-            f"{closest(column, adata.obs.columns)}"
-        )
-    labels = adata.obs[column]
-    if labels.isna().any():
-        raise ValueError(
-            f"{argument}={column!r}: {int(labels.isna().sum())} cells of {name} have no label. "
-            "Remove these cells, or label them."
-        )
-    return labels.astype(str).to_numpy()
 
 
 def names_of(adata: AnnData, column: str) -> list[str]:

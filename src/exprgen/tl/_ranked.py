@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exprgen._slots import check_key
+from exprgen._validate import check_anndata
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +34,12 @@ def check_ranked_key(adata: AnnData, key: str | None, method: str) -> None:
 
     Raises
     ------
+    TypeError
+        If ``adata`` is no AnnData.
     ValueError
-        If ``adata`` is a view, or ``uns[key]`` holds something that ``method`` did not write.
+        If it is a view, or ``uns[key]`` holds something that ``method`` did not write.
     """
+    check_anndata(adata, method="adata=")
     if key is None:
         return
     check_key(key)

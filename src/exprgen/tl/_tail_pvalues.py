@@ -20,6 +20,7 @@ import numpy as np
 
 from exprgen._arguments import check_bool, check_genes, check_positive_int
 from exprgen._random import BLOCK_SIZE, resolve_seed
+from exprgen._validate import check_anndata
 from exprgen.models._query import TABLE
 from exprgen.tl._model import check_model
 
@@ -80,6 +81,7 @@ def tail_pvalues(
     check_bool(randomised, "randomised")
     selected = None if genes is None else check_genes(genes, model.var_names)
     seed = resolve_seed(seed)
+    check_anndata(model._readable(adata), method="adata=")
     cells = model._cells(adata, unseen=unseen)
     if selected is None:
         model._check_same_genes(cells.adata)
