@@ -1,5 +1,6 @@
 """Training: the plans (what a step does), the data (which cells it sees), the best weights."""
 
+from exprgen.train._blocks import WINDOW, BlockLoader, Shuffle
 from exprgen.train._callbacks import KeepBestWeights
 from exprgen.train._data import (
     CellDataModule,
@@ -18,12 +19,15 @@ from exprgen.train._plans import (
 )
 
 __all__ = [
+    "WINDOW",
+    "BlockLoader",
     "CellDataModule",
     "CellDataset",
     "DensityTrainingPlan",
     "EncodedDataset",
     "GenerativeTrainingPlan",
     "KeepBestWeights",
+    "Shuffle",
     "StagePlan",
     "check_plan",
     "data_moments",
