@@ -3,8 +3,9 @@
 AnnData keeps cells x genes in many forms: numpy, CSR or CSC (matrix or array), dask, a data set
 in an open h5ad or zarr file. Here all of them answer one question, *the rows i, j, k as float32*,
 with the same values, in the order asked, repeats included. Files want increasing, unrepeated
-indices: they are read so and put back into the order asked (P-19). Rows that lie close together in
-a file are read as one slice. The caller's matrix is never written to, not even to sort its indices.
+indices: they are read so and put back into the order asked (P-19). Rows that lie close together
+in a file are read as one slice. The caller's matrix is never written to, not even to sort its
+indices.
 
 Rows of a CSC matrix cost a pass over all of it: :func:`as_reader` turns it into CSR, once.
 """

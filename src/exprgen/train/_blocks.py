@@ -69,7 +69,9 @@ class Shuffle:
 
     def windows(self) -> list[np.ndarray]:
         """Row numbers of this epoch in their order, cut into windows."""
-        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(_ORDER, self.epoch)))
+        rng = np.random.default_rng(
+            np.random.SeedSequence(self.seed, spawn_key=(_ORDER, self.epoch))
+        )
         blocks = np.split(self.rows, np.flatnonzero(np.diff(self.rows // BLOCK)) + 1)
         order = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
         start = self.rank * self.n_rows
@@ -121,5 +123,8 @@ def some_of(rows: np.ndarray, seed: int) -> np.ndarray:
     """Validation cells to hold in memory: all, or 20,000 at random, increasing."""
     if len(rows) <= N_VALIDATED:
         return rows
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_VALIDATED,)))
-    return np.sort(rng.choice(rows, N_VALIDATED, replace=False))
+    return np.sort(_rng(seed, _VALIDATED).choice(rows, N_VALIDATED, replace=False))
+
+
+def _rng(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

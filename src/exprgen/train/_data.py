@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -146,18 +146,18 @@ class CellDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader | BlockLoader:
         """Shuffled batches of training cells."""
-        if not self.dataset.in_memory:
+        if self._in_file is not None:
             trainer = self.trainer
             rank, n_ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
             shuffle = Shuffle(self.train_idx, self.batch_size, self.seed, rank, n_ranks)
-            return BlockLoader(self.dataset, shuffle)
+            return BlockLoader(self._in_file, shuffle)
         return self._loader(self.dataset, SubsetRandomSampler(self.train_idx.tolist()))
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches of validation cells in a fixed order."""
         if not self.n_val:
             return []
-        if not self.dataset.in_memory:
+        if self._held is not None:
             return self._loader(self._held, range(len(self._held)))
         return self._loader(self.dataset, self.val_idx.tolist())
 
@@ -166,9 +166,16 @@ class CellDataModule(LightningDataModule):
         # Without a batch size of its own the loader hands whole batches of rows to the dataset.
         return DataLoader(dataset, sampler=batches, batch_size=None)
 
+    @property
+    def _in_file(self) -> CellDataset | None:
+        """The cells, if they are not in memory."""
+        cells = self.dataset
+        return cells if isinstance(cells, CellDataset) and not cells.in_memory else None
+
     @cached_property
-    def _held(self) -> CellDataset:
-        return self.dataset.held(some_of(self.val_idx, self.seed))
+    def _held(self) -> CellDataset | None:
+        """What is validated on, of cells that are not in memory."""
+        return self._in_file and self._in_file.held(some_of(self.val_idx, self.seed))
 
 
 class EncodedDataset(Dataset):
@@ -183,8 +190,6 @@ class EncodedDataset(Dataset):
     device
         Where the space is.
     """
-
-    in_memory: ClassVar[bool] = True
 
     @torch.no_grad()
     def __init__(
