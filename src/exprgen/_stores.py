@@ -39,6 +39,7 @@ class CellStore:
     def __init__(self, group: zarr.Group) -> None:
         self.group = group
         self._pending: list[sparse.csr_matrix] = []
+        self._write("layers", {})
 
     def write(self, adata: AnnData) -> None:
         """Write all of an AnnData but its ``X`` and its layers."""
