@@ -29,8 +29,8 @@ __all__ = ["CellStore", "check_store", "new_store", "open_zarr"]
 
 # Of the parts of a sparse matrix, 512 KiB, so that neighbouring cells are read with few others.
 _CHUNK_VALUES = 2**17
-# Rows of a sparse matrix that are appended at once: every time the last chunk is written anew.
-_APPENDED = 16 * BLOCK_SIZE
+# That are appended at once, for every time the last chunk is written anew.
+_APPENDED_VALUES = 2**20
 
 
 class CellStore:
@@ -63,7 +63,7 @@ class CellStore:
             empty = sparse.csr_matrix((0, values.shape[1]), dtype=values.dtype)
             self._write("X", empty, chunks=(_CHUNK_VALUES,), indptr_dtype=np.int64)
         self._pending.append(values)
-        if sum(part.shape[0] for part in self._pending) >= _APPENDED:
+        if sum(part.nnz for part in self._pending) >= _APPENDED_VALUES:
             self.flush()
 
     def flush(self) -> None:
