@@ -82,16 +82,16 @@ def test_an_epoch_shows_every_row_once_in_an_order_of_seed_and_epoch_alone():
 
 
 def test_batches_mix_cells_of_many_places():
-    shuffle = Shuffle(np.arange(100_000), 128, seed=0)
-    order = order_of(shuffle)[: 700 * 128].reshape(700, 128)
+    shuffle = Shuffle(np.arange(200 * 512), 128, seed=0)
+    order = order_of(shuffle).reshape(-1, 128)
     # Of 32 blocks a batch misses 32 (31/32)^128 = .55 on average; in file order it would have 1.
     n_places = [len(np.unique(batch // 512)) for batch in order[: 6 * 128]]
-    assert np.mean(n_places) == pytest.approx(31.45, abs=0.1)
+    assert np.mean(n_places) == pytest.approx(31.45, abs=0.05)
     # Whether a cell comes before its neighbour is a coin.
     place = np.argsort(order_of(shuffle))
     assert np.mean(np.diff(place) > 0) == pytest.approx(0.5, abs=0.01)
-    # Places in the file and in the epoch are unrelated beyond the 196 blocks.
-    assert abs(np.corrcoef(np.arange(len(place)), place)[0, 1]) < 4 / np.sqrt(196)
+    # Places in the file and in the epoch are unrelated beyond the 200 blocks.
+    assert abs(np.corrcoef(np.arange(len(place)), place)[0, 1]) < 4 / np.sqrt(200)
 
 
 @parametrize("n_ranks", [2, 3])
@@ -226,24 +226,22 @@ def trained_split(cells: AnnData) -> np.ndarray:
     return fit(AnnData(cells.X, obs=cells.obs), **TYPE).train_indices_
 
 
-@parametrize("kind", ["h5ad", "zarr"])
-def test_training_from_a_file_learns_what_training_in_memory_does(kind, tmp_path, monkeypatch):
+def test_training_from_a_file_learns_what_training_in_memory_does(tmp_path, monkeypatch):
     for name in ("train._blocks", "models._train"):
         monkeypatch.setattr(f"exprgen.{name}.WINDOW", 128)
     monkeypatch.setattr("exprgen.train._blocks.BLOCK", 16)
     cells = make_cells(600)
     cells = cells[np.argsort(cells.obs["cell_type"].to_numpy(), kind="stable")].copy()
+    on_disk = stored(cells.X, tmp_path, "zarr", cells.obs)
     loss = {}
     for where in ("memory", "file", "sorted"):
-        adata = AnnData(cells.X, obs=cells.obs)
-        if where != "memory":
-            adata = stored(cells.X, tmp_path, kind, cells.obs)
+        adata = AnnData(cells.X, obs=cells.obs) if where == "memory" else on_disk
         if where == "sorted":  # the control: batches in the order of the file, a type at a time
             monkeypatch.setattr(Shuffle, "windows", lambda self: [self.rows])
-        model = fit(adata, max_epochs=25, **TYPE)
+        model = fit(adata, max_epochs=15)
         loss[where] = float(model.history["elbo_validation"].min().iloc[0])
-    assert loss["file"] == pytest.approx(loss["memory"], abs=0.25)
-    assert loss["sorted"] > loss["file"] + 0.25
+    assert loss["file"] == pytest.approx(loss["memory"], abs=0.04)  # nats per cell
+    assert loss["sorted"] > loss["file"] + 0.05
 
 
 def test_a_file_that_fits_a_window_is_trained_on_as_if_in_memory(tmp_path):
@@ -257,7 +255,7 @@ def test_a_file_that_fits_a_window_is_trained_on_as_if_in_memory(tmp_path):
 def test_two_stages_from_a_file(tmp_path):
     cells = make_cells()
     model = fit(stored(cells.X, tmp_path, "zarr", cells.obs), model_class=ExprFlow, **TYPE)
-    assert np.isfinite(model.log_likelihood(cells, n_samples=2, seed=0)).all()
+    assert np.isfinite(model.log_likelihood(n_samples=2, seed=0)).all()
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -266,9 +264,20 @@ def test_models_that_need_all_genes_at_once_say_so(model_class, tmp_path):
     cells = make_cells()
     x = cells.X if model_class is HybridResidualModel else np.log1p(cells.X.toarray())
     adata = stored(x, tmp_path, "zarr", cells.obs)
-    with refused(ValueError, model_class.__name__, "90 cells", ".to_memory()", of=cells):
-        fit(adata, model_class=model_class, **TYPE)
-    assert fit(adata.to_memory(), model_class=model_class, **TYPE).is_trained_  # the advice works
+    options = {"density_hidden": 8, "density_layers": 1} if model_class is ExprFlow else TINY
+
+    def train(adata: AnnData) -> Any:
+        model_class.setup_anndata(adata, **TYPE)
+        model = model_class(adata, seed=0, **options)
+        short = (
+            {"density_kwargs": {"max_epochs": 1}} if model_class is ExprFlow else {"max_epochs": 1}
+        )
+        model.train(progress_bar=False, **short)
+        return model
+
+    with refused(ValueError, model_class.__name__, "90 cells", ".to_memory()"):
+        train(adata)
+    assert train(adata.to_memory()).is_trained_  # the advice works
 
 
 # One model, every form -------------------------------------------------------------------------
@@ -294,8 +303,8 @@ def forms(x: np.ndarray, obs: pd.DataFrame, path: Any) -> dict[str, AnnData]:
             folder = path / f"{kind}_{form.__name__}"
             folder.mkdir()
             found[folder.name] = stored(form(x), folder, kind, obs)
-    twice = AnnData(sparse.csr_matrix(np.r_[x, x]), obs=pd.concat([obs, obs]))
-    twice.obs_names_make_unique()
+    twice = AnnData(sparse.csr_matrix(np.r_[x, x]))
+    twice.obs = pd.concat([obs, obs.set_axis([f"{name}_again" for name in obs.index])])
     return found | {"view": twice[:N_OBS]}
 
 
@@ -303,21 +312,21 @@ def test_one_model_says_the_same_of_every_form(tmp_path):
     cells = make_cells()
     model = fit(AnnData(cells.X, obs=cells.obs), **TYPE)
     calibration = make_cells(400)
+    calibration.var_names = model.var_names
     calibration.obs_names = [f"other_{i}" for i in range(400)]
     model.predict(calibration, n_samples=50, seed=0)
 
     def said(adata: AnnData) -> list[np.ndarray]:
+        changed = model.counterfactual(adata, to={"cell_type": "type_1"}, n_samples=2, seed=0)
         predicted = model.predict(adata, n_samples=50, seed=0)
-        interval = tl.conformalize(predicted, calibration, allow_training_cells=True, layer=None)
+        tl.conformalize(predicted, calibration, seed=0)
         return [
             latent_of(model, adata),
             model.log_likelihood(adata, n_samples=2, seed=0),
             predicted.layers["exprgen_q95"],
-            (predicted if interval is None else interval).layers["exprgen_upper"],
+            predicted.layers["exprgen_upper"],
             model.denoise(adata, n_samples=2, seed=0).layers["exprgen_denoised"],
-            model.counterfactual(
-                adata, to={"cell_type": "type_1"}, n_samples=2, seed=0
-            ).X.toarray(),
+            changed.X.toarray(),
         ]
 
     expected = said(AnnData(cells.X, obs=cells.obs))
@@ -462,10 +471,12 @@ def test_open_zarr_of_something_else(tmp_path):
 
 
 @every_model
-@parametrize("laws", [1, 3, 2**20])
+@parametrize("laws", [3, 2**20])
 def test_statistics_are_the_same_in_a_store(model, laws, tmp_path, monkeypatch):
     monkeypatch.setattr("exprgen.models._results._PENDING_VALUES", laws * N_VARS)
-    rows = make_cells(1300).obs
+    for name in ("_stores", "models._results"):
+        monkeypatch.setattr(f"exprgen.{name}.BLOCK_SIZE", 32)
+    rows = make_cells(100).obs
     asked = {"n_samples": 10, "quantiles": (0.1, 0.5), "seed": 0, "library": None}
     expected = model.predict(rows, **asked)
     found = model.predict(rows, backed=tmp_path / "a.zarr", **asked).to_memory()
@@ -512,7 +523,7 @@ def wide(n_obs: int, n_times: int) -> AnnData:
 
 def test_memory_of_sampling_does_not_grow_with_genes_of_all_cells(tmp_path, monkeypatch):
     monkeypatch.setattr("exprgen._stores._APPENDED_VALUES", 2**17)
-    model = fit(wide(200, 60), **TYPE)
+    model = fit(wide(100, 60), **TYPE)
 
     def sampled(n: int, **kwargs: Any) -> None:
         model.sample({"cell_type": "type_0"}, n, seed=0, progress_bar=False, **kwargs)
@@ -520,14 +531,16 @@ def test_memory_of_sampling_does_not_grow_with_genes_of_all_cells(tmp_path, monk
     sampled(600, backed=tmp_path / "first.zarr")  # what is imported and cached at first
     peaks = [peak_of(lambda n=n: sampled(n, backed=tmp_path / f"{n}.zarr")) for n in (1500, 3000)]
     in_memory = peak_of(lambda: sampled(3000)) - peak_of(lambda: sampled(1500))
-    # A name for each cell and a few columns, as against some 600 counts in 5 kB.
-    assert peaks[1] - peaks[0] < 1500 * 600 < 1500 * 5000 < in_memory
+    # A name for each cell and a few columns, as against some 550 counts in 4.5 kB.
+    assert peaks[1] - peaks[0] < 1500 * 1200 < 1500 * 4000 < in_memory
 
 
 def test_memory_of_predicting_does_not_grow_with_genes_of_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("exprgen.models._results._PENDING_VALUES", 64 * 720)
-    cells = wide(200, 60)
-    cells.obs["dose"] = np.linspace(0, 10, 200)
+    monkeypatch.setattr("exprgen.models._results._PENDING_VALUES", 16 * 2400)
+    for name in ("_stores", "models._results"):
+        monkeypatch.setattr(f"exprgen.{name}.BLOCK_SIZE", 16)
+    cells = wide(100, 200)
+    cells.obs["dose"] = np.linspace(0, 10, 100)
     model = fit(cells, continuous_condition_keys=["dose"])
 
     def predicted(n: int, **kwargs: Any) -> None:
@@ -535,10 +548,10 @@ def test_memory_of_predicting_does_not_grow_with_genes_of_all_rows(tmp_path, mon
         model.predict(rows, n_samples=3, seed=0, progress_bar=False, **kwargs)
 
     predicted(20, backed=tmp_path / "first.zarr")
-    peaks = [peak_of(lambda n=n: predicted(n, backed=tmp_path / f"{n}.zarr")) for n in (600, 1200)]
-    in_memory = peak_of(lambda: predicted(1200)) - peak_of(lambda: predicted(600))
-    # Five layers of float32 are 14 kB a row.
-    assert peaks[1] - peaks[0] < 600 * 1500 < 600 * 14_000 < in_memory
+    peaks = [peak_of(lambda n=n: predicted(n, backed=tmp_path / f"{n}.zarr")) for n in (75, 150)]
+    in_memory = peak_of(lambda: predicted(150)) - peak_of(lambda: predicted(75))
+    # Five layers of float32 are 48 kB a row.
+    assert peaks[1] - peaks[0] < 75 * 5_000 < 75 * 40_000 < in_memory
 
 
 @parametrize("kind", ["h5ad", "zarr"])
@@ -547,10 +560,13 @@ def test_memory_of_training_does_not_grow_with_genes_of_all_cells(kind, tmp_path
         monkeypatch.setattr(f"exprgen.{name}.WINDOW", 512)
     monkeypatch.setattr("exprgen.train._blocks.BLOCK", 64)
     monkeypatch.setattr("exprgen.train._blocks.N_VALIDATED", 100)
+    monkeypatch.setattr("exprgen.train._moments._cells.__defaults__", (100,))
+    for name in ("_matrix", "models._cells"):
+        monkeypatch.setattr(f"exprgen.{name}.BLOCK_VALUES", 64 * 720)
     peaks = []
-    for n in (500, 2500, 5000):  # the first for what is imported and cached
+    for n in (300, 800, 1600):  # the first for what is imported and cached
         (tmp_path / str(n)).mkdir()
         adata = stored(wide(n, 60).X, tmp_path / str(n), kind)
         peaks.append(peak_of(lambda adata=adata: fit(adata)))
-    # The counts of a cell are 5 kB.
-    assert peaks[2] - peaks[1] < 2500 * 500
+    # The counts of a cell are 4.5 kB.
+    assert peaks[2] - peaks[1] < 800 * 1000
