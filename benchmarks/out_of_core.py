@@ -62,6 +62,7 @@ def main() -> None:
         )
     results = pd.DataFrame(rows)
     text = markdown(results)
+    del args.scratch  # it is nobody else's
     write(args, "out_of_core", results, text)
     print(text)
     shutil.rmtree(folder)
