@@ -577,5 +577,5 @@ def test_memory_of_training_does_not_grow_with_genes_of_all_cells(tmp_path, monk
     train(1200)  # what is imported and cached at first
     in_memory = growth()  # so many cells are few, and read into memory
     monkeypatch.setattr("exprgen.models._train.WINDOW", 256)
-    # The counts of a cell are 4.5 kB.
-    assert growth() < 1200 * 500 < 1200 * 4000 < in_memory
+    # The counts of a cell are 2.8 kB.
+    assert growth() < 1200 * 500 < 1200 * 2500 < in_memory
