@@ -28,6 +28,7 @@ from exprgen.models._train_arguments import (
 )
 from exprgen.train import (
     FINISHED,
+    WINDOW,
     CellDataModule,
     CellDataset,
     DensityTrainingPlan,
@@ -235,7 +236,7 @@ class TrainMixin(ResumeMixin):
             with isolated(self.seed_):  # a predictor may draw, and its leading axes do
                 dataset = self._with_training_means(dataset, fitted, val_idx)
             stage = None if checkpoint is None else self._take_up(checkpoint, dataset)
-            data = CellDataModule(dataset, train_idx, val_idx, batch_size)
+            data = CellDataModule(dataset, train_idx, val_idx, batch_size, seed=self.seed_)
             module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
             # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
             clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
@@ -442,7 +443,21 @@ class TrainMixin(ResumeMixin):
         )
         cells = self._cells(None, training=True)
         dataset = CellDataset(cells.reader, cells.codes, cells.library)
-        return dataset, cell_keys(cells.adata, cells.reader)
+        if not dataset.in_memory:
+            if len(dataset) <= WINDOW:
+                dataset = dataset.held(np.arange(len(dataset)))
+            elif self._holds_all_genes:
+                raise ValueError(
+                    f"This {type(self).__name__} holds all genes of all {len(dataset)} cells in "
+                    "memory while it is trained, but they lie in a file: set up and train it on "
+                    "adata.to_memory(), or use a model of the counts."
+                )
+        return dataset, cell_keys(cells.adata, dataset.reader)
+
+    @property
+    def _holds_all_genes(self) -> bool:
+        """Whether training needs all cells x genes at once: in gene space scores of all."""
+        return not self.module.space.is_learned
 
     def _split_taken_over(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of the cells that the autoencoder was trained and validated on."""

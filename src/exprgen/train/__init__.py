@@ -1,5 +1,6 @@
 """Training: the plans (what a step does), the data, the best weights, the checkpoints."""
 
+from exprgen.train._blocks import WINDOW, BlockLoader, Shuffle
 from exprgen.train._callbacks import KeepBestWeights
 from exprgen.train._checkpoint import FINISHED, KeepState, TrainingCheckpoint, digest_rows
 from exprgen.train._data import (
@@ -20,6 +21,8 @@ from exprgen.train._plans import (
 
 __all__ = [
     "FINISHED",
+    "WINDOW",
+    "BlockLoader",
     "CellDataModule",
     "CellDataset",
     "DensityTrainingPlan",
@@ -27,6 +30,7 @@ __all__ = [
     "GenerativeTrainingPlan",
     "KeepBestWeights",
     "KeepState",
+    "Shuffle",
     "StagePlan",
     "TrainingCheckpoint",
     "check_plan",
