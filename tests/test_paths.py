@@ -743,22 +743,6 @@ def test_a_run_that_breaks_before_its_validation_has_diverged():
     assert not model.is_trained_
 
 
-@parametrize("stage", [GenerativeTrainingPlan, DensityTrainingPlan])
-def test_an_interrupt_is_an_interrupt(stage):
-    class Interrupt(Callback):
-        def on_train_epoch_end(self, trainer, plan):
-            if isinstance(plan, stage):
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _untrained().train(
-            2,
-            density_kwargs={"max_epochs": 2},
-            trainer_kwargs={"callbacks": [Interrupt()]},
-            **QUIET,
-        )
-
-
 @parametrize("word", ["limit_val_batches", "limit_train_batches", "max_steps", "max_time"])
 def test_epochs_are_whole(word):
     with refused(TypeError, f"trainer_kwargs['{word}']", "max_epochs"):

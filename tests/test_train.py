@@ -337,6 +337,7 @@ def test_a_run_that_never_was_finite_can_be_tried_again(cells):
 def test_an_epoch_shows_every_training_cell_once():
     class Reader:
         shape = (50, 2)
+        in_memory = True
 
         def rows(self, index):
             return np.repeat(index[:, None], 2, 1).astype(np.float32)

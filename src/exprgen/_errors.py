@@ -24,6 +24,7 @@ __all__ = [
     "ReproducibilityWarning",
     "SetupError",
     "TrainingDivergedError",
+    "TrainingStoppedWarning",
     "UnseenCategoryError",
     "UntrustedFileError",
     "closest",
@@ -65,6 +66,10 @@ class ExtrapolationWarning(UserWarning):
 
 class DataQualityWarning(UserWarning):
     """The data can be modelled, but probably are not what the user thinks."""
+
+
+class TrainingStoppedWarning(UserWarning):
+    """Training was interrupted, as by Ctrl-C, and has returned."""
 
 
 class ReproducibilityWarning(UserWarning):

@@ -3,8 +3,9 @@
 AnnData keeps cells x genes in many forms: numpy, CSR or CSC (matrix or array), dask, a data set
 in an open h5ad or zarr file. Here all of them answer one question, *the rows i, j, k as float32*,
 with the same values, in the order asked, repeats included. Files want increasing, unrepeated
-indices: they are read so and put back into the order asked (P-19). The caller's matrix is never
-written to, not even to sort its indices.
+indices: they are read so and put back into the order asked (P-19). Rows that lie close together
+in a file are read as one slice. The caller's matrix is never written to, not even to sort its
+indices.
 
 Rows of a CSC matrix cost a pass over all of it: :func:`as_reader` turns it into CSR, once.
 """
@@ -22,6 +23,9 @@ __all__ = ["MatrixSummary", "Reader", "as_reader", "read_rows", "scan"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_INTEGERS = 2**24  # float32 holds every integer up to here, and not beyond
 BLOCK_VALUES = 2**24  # dense values looked at in one go, 128 MiB in float64
+BLOCK_ROWS = 1024
+# A slice of a file costs as much as some rows apart: of so many rows one is enough to read it.
+WORTH_A_SLICE = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Reader:
     def shape(self) -> tuple[int, int]:
         """Number of cells and of genes."""
         return tuple(map(int, self.matrix.shape))  # type: ignore[return-value]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether any row is as near as any other: numpy and scipy, not dask or a file."""
+        return isinstance(self.matrix, np.ndarray) or sparse.issparse(self.matrix)
+
+    def held(self, index: np.ndarray) -> Reader:
+        """Read rows into memory, sparse ones as CSR; ``index`` increases, without repeats."""
+        if self.in_memory:
+            return Reader(self.matrix[index])
+        values = self._take(np.asarray(index, dtype=np.intp))
+        if sparse.issparse(values):
+            return Reader(values.astype(np.float32))
+        return Reader(np.asarray(values, dtype=np.float32))
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Read rows.
@@ -67,7 +85,7 @@ class Reader:
             raise IndexError(
                 f"Rows 0 to {n_obs - 1} exist, {index.min()} to {index.max()} were asked for."
             )
-        if isinstance(self.matrix, np.ndarray) or sparse.issparse(self.matrix):
+        if self.in_memory:
             return _dense(self.matrix[index])
         increasing, place = np.unique(index, return_inverse=True)
         values = _dense(self._take(increasing))
@@ -83,11 +101,31 @@ class Reader:
         return block
 
     def _take(self, increasing: np.ndarray) -> Any:
-        """Take rows by an increasing index: a slice where they are neighbours, for speed."""
+        """Take rows by an increasing index, in as few slices as are worth it, for speed."""
+        if len(increasing) == 0 or increasing[-1] - increasing[0] + 1 == len(increasing):
+            return self._near(increasing)
+        block = np.diff(increasing // _block_rows(self.shape[1]))
+        parts = [self._near(part) for part in np.split(increasing, np.flatnonzero(block) + 1)]
+        if len(parts) == 1:
+            return parts[0]
+        return sparse.vstack(parts, "csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
+
+    def _near(self, increasing: np.ndarray) -> Any:
+        """Take rows of one block."""
+        if len(increasing) == 0:
+            return self._read(slice(0, 0))
         first, last = int(increasing[0]), int(increasing[-1])
-        neighbours = last - first + 1 == increasing.size
-        values = self.matrix[slice(first, last + 1) if neighbours else increasing]
-        return values.compute() if hasattr(values, "compute") else values
+        if last - first + 1 > WORTH_A_SLICE * len(increasing):
+            return self._read(increasing)
+        values = self._read(slice(first, last + 1))
+        if last - first + 1 == len(increasing):
+            return values
+        return values[increasing - first]
+
+    def _read(self, rows: slice | np.ndarray) -> Any:
+        values = self.matrix[rows]
+        values = values.compute() if hasattr(values, "compute") else values
+        return _as_csr(values) if sparse.issparse(values) else values
 
 
 def as_reader(matrix: Any) -> Reader:
@@ -124,6 +162,11 @@ def as_reader(matrix: Any) -> Reader:
 def read_rows(matrix: Any, index: np.ndarray) -> np.ndarray:
     """Read rows once: ``as_reader(matrix).rows(index)``, ``(len(index), n_vars)`` float32."""
     return as_reader(matrix).rows(index)
+
+
+def _block_rows(n_vars: int, at_most: int = BLOCK_ROWS) -> int:
+    """Rows to read at once; fewer where there are many genes."""
+    return max(1, min(at_most, BLOCK_VALUES // max(n_vars, 1)))
 
 
 def _as_csr(matrix: Any) -> sparse.csr_matrix:
@@ -192,7 +235,7 @@ class MatrixSummary:
         return 2 * self.n_non_integer > self.n_non_zero
 
 
-def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
+def scan(matrix: Any, *, block: int = BLOCK_ROWS) -> MatrixSummary:
     """Look at every value once, block of rows by block of rows, and count what can be wrong.
 
     Parameters
@@ -210,7 +253,7 @@ def scan(matrix: Any, *, block: int = 1024) -> MatrixSummary:
     """
     reader = as_reader(matrix)
     n_obs, n_vars = reader.shape
-    block = max(1, min(block, BLOCK_VALUES // max(n_vars, 1)))
+    block = _block_rows(n_vars, block)
     minimum, maximum = np.inf, -np.inf
     counts = dict.fromkeys(("negative", "non_integer", "nan", "inf"), 0)
     first: dict[str, tuple[int, int] | None] = dict.fromkeys(counts)

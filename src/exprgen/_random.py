@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,14 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["BLOCK_SIZE", "generator", "isolated", "resolve_seed"]
+__all__ = [
+    "BLOCK_SIZE",
+    "generator",
+    "isolated",
+    "random_states",
+    "resolve_seed",
+    "set_random_states",
+]
 
 BLOCK_SIZE = 512
 """Cells per block of sampling; the noise of a block depends on the seed and its number only."""
@@ -68,3 +75,23 @@ def isolated(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
+
+
+def random_states() -> dict[str, Any]:
+    """Where the global generators are that :func:`isolated` seeds, in plain types."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the global generators where they were; of GPUs as many as there are."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+            torch.cuda.set_rng_state(state, device)

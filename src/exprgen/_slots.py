@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["check_key", "quantile_name", "target", "write"]
+__all__ = ["check_key", "check_values", "quantile_name", "target", "write"]
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
@@ -177,10 +177,10 @@ def _named(
     latent = {"latent": f"X_{key}", "latent_std": f"X_{key}_std"}
     slots: dict[str, Any] = {}
     for name, values in layers.items():
-        _check(name, values, (adata.n_obs, n_vars))
+        check_values(name, values, (adata.n_obs, n_vars))
         slots[f"{store}/{key}_{name}"] = values
     for name, values in obsm.items():
-        _check(name, values, (adata.n_obs, *values.shape[1:2]))
+        check_values(name, values, (adata.n_obs, *values.shape[1:2]))
         slots[f"obsm/{latent.get(name, f'{key}_{name}')}"] = values
     for name, values in obs.items():
         if len(values) != adata.n_obs:
@@ -189,7 +189,7 @@ def _named(
     return slots
 
 
-def _check(name: str, values: Any, shape: tuple[int, ...]) -> None:
+def check_values(name: str, values: Any, shape: tuple[int, ...]) -> None:
     """Refuse an array of another shape, or one with values that are not finite."""
     if values.shape != shape:
         raise ValueError(f"{name} has shape {values.shape}, the cells and genes need {shape}.")

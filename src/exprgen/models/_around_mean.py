@@ -54,6 +54,11 @@ class AroundMean(GenerativeModel):
 
     # Training ------------------------------------------------------------------------------
 
+    @property
+    def _holds_all_genes(self) -> bool:
+        """What the mean is fitted to."""
+        return True
+
     def _fitted_rows(self, train_idx: np.ndarray, val_idx: np.ndarray) -> np.ndarray:
         """Of residuals all cells: each is left out of what predicts it, and samples are few."""
         return train_idx if self.needs_counts else np.sort(np.r_[train_idx, val_idx])
@@ -108,6 +113,9 @@ class AroundMean(GenerativeModel):
         known = self._known_mean.columns(means, variance, left_out)
         codes = CodesWithMean(dataset.conditions, known, np.arange(len(known)))
         return CellDataset(dataset.reader, codes, dataset.library)
+
+    def _said(self) -> dict[str, Any]:
+        return {**super()._said(), "mean": self.mean.name}
 
     @property
     def _known_mean(self) -> KnownMean:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exprgen._errors import CovariateError, closest, name_some
-from exprgen._matrix import as_reader
+from exprgen._matrix import BLOCK_VALUES, as_reader
 from exprgen._tables import key_list
 
 if TYPE_CHECKING:
@@ -40,6 +40,15 @@ class GeneReader:
         n_vars = self._reader.shape[1] if order is None else len(order)
         self.shape = self._reader.shape[0], n_vars
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether any row is as near as any other."""
+        return self._reader.in_memory
+
+    def held(self, index: np.ndarray) -> GeneReader:
+        """Some rows in memory; ``index`` increases."""
+        return GeneReader(self._reader.held(index), self._order)
+
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Dense rows in the order asked for, ``(len(index), n_vars)`` float32."""
         rows = self._reader.rows(index)
@@ -47,6 +56,7 @@ class GeneReader:
 
     def totals(self, block: int = 4096) -> np.ndarray:
         """Row sums over the model's genes, ``(n_obs,)`` float64."""
+        block = max(1, min(block, BLOCK_VALUES // max(self._reader.shape[1], 1)))
         starts = range(0, self.shape[0], block)
         index = np.arange(self.shape[0])
         sums = [self.rows(index[i : i + block]).sum(1, dtype=np.float64) for i in starts]

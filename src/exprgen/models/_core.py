@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from exprgen.models._query import Query
     from exprgen.module import ExpressionModule
 
-__all__ = ["ModelCore"]
+__all__ = ["ModelCore", "fingerprint"]
 
 
 class ModelCore(BaseModelClass):
@@ -161,11 +161,7 @@ class ModelCore(BaseModelClass):
 
     def _fingerprint(self) -> str:
         """A short hash of all weights: the same for a model that was saved and loaded."""
-        found = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.module.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+        return fingerprint(self.module)
 
     @property
     def _device(self) -> torch.device:
@@ -349,3 +345,12 @@ class ModelCore(BaseModelClass):
         if query.embedding is not None:
             adata.obsm[self.schema.embedding_key] = query.embedding
         return adata
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of all weights."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,20 +14,25 @@ from torch import Tensor
 
 from exprgen import _arguments, _slots
 from exprgen._random import generator, resolve_seed
+from exprgen._stores import check_store, new_store, open_zarr
 from exprgen.models._core import ModelCore
+from exprgen.models._effects import donor_effects, fold_changes
 from exprgen.models._progress import blocks
-from exprgen.models._query import CELL, DONOR, TABLE, Query, log_library
+from exprgen.models._query import CELL, TABLE, Query, log_library
 from exprgen.models._statistics import Moments
 from exprgen.models._transport import decoder_under
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mudata import MuData
 
-    from exprgen.module import ExpressionModule
 
 __all__ = ["GenerateMixin"]
+
+Drawn: TypeAlias = tuple[sparse.csr_matrix | np.ndarray, np.ndarray]
+"""Values of some cells, ``(n, n_vars)``, and their depths, ``(n,)``, empty without depth."""
 
 
 class GenerateMixin(ModelCore):
@@ -45,6 +49,8 @@ class GenerateMixin(ModelCore):
         library: Literal["sampled"] | float | np.ndarray = "sampled",
         unseen: Literal["error", "null"] = "error",
         on_extrapolation: Literal["warn", "raise", "ignore"] = "warn",
+        backed: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
         progress_bar: bool = True,
         seed: int | None = None,
     ) -> AnnData:
@@ -76,6 +82,12 @@ class GenerateMixin(ModelCore):
             ``"null"`` treats a batch that training has not seen as not given.
         on_extrapolation
             What to do outside the trained range or for combinations never seen together.
+        backed
+            Path of a zarr store to write the cells to as they are drawn; ``None`` keeps them in
+            memory. The cells are the same, and are stored once, also where setup had a layer. If
+            anything fails, nothing is left at the path.
+        overwrite
+            Whether to replace a zarr store that is at the path.
         progress_bar
             Whether to show one when it takes more than a few seconds.
         seed
@@ -86,7 +98,8 @@ class GenerateMixin(ModelCore):
         -------
         New AnnData with counts (CSR) or continuous values (dense) in X and the layer of setup,
         conditions and ``synthetic``, ``library`` (of counts), ``n_train``, ``support`` and
-        ``extrapolated`` in obs, and provenance in ``uns["exprgen"]``.
+        ``extrapolated`` in obs, and provenance in ``uns["exprgen"]``. With ``backed`` values are
+        left in the store, see :func:`exprgen.datasets.open_zarr`.
 
         Raises
         ------
@@ -94,6 +107,8 @@ class GenerateMixin(ModelCore):
             If the model is not trained.
         KeyError, TypeError, ValueError, CovariateError, UnseenCategoryError
             If the conditions are not what the model knows.
+        FileExistsError
+            If something is at the path of ``backed`` that may not be replaced.
 
         Warns
         -----
@@ -102,6 +117,8 @@ class GenerateMixin(ModelCore):
         """
         self._check_trained()
         _arguments.check_positive_int(n_obs, "n_obs", minimum=0)
+        _arguments.check_bool(overwrite, "overwrite")
+        place = None if backed is None else check_store(backed, overwrite=overwrite)
         self._check_has_depth(library=library, default="sampled")
         self._check_has_depth(log_fold_change=log_fold_change)
         seed = resolve_seed(seed)
@@ -113,13 +130,33 @@ class GenerateMixin(ModelCore):
             on_extrapolation=on_extrapolation,
             rng=np.random.default_rng([seed, TABLE]),
         )
-        n_cells = len(query.table)
         log_depth = log_library(library, query.rows, query.n_rows)
-        planted = _planted(log_fold_change, query, self.var_names)
-        space, drawn = self.module.space, []
-        for block, part in blocks(n_cells, "Sampling", show=progress_bar):
+        planted = fold_changes(log_fold_change, query, self.var_names)
+        drawn = self._drawn_cells(query, log_depth, planted, seed, progress_bar)
+        if place is None:
+            return self._synthetic(query, *self._stack(list(drawn)), seed)
+        with new_store(place, overwrite=overwrite) as store:
+            depths = [np.zeros(0, np.float32)]
+            store.append(self._nothing)
+            for values, depth in drawn:
+                store.append(values)
+                depths.append(depth)
+            store.write(self._described(query, np.concatenate(depths), seed))
+        return open_zarr(place)
+
+    def _drawn_cells(
+        self,
+        query: Query,
+        log_depth: Tensor | None,
+        planted: Callable[[slice], Tensor] | None,
+        seed: int,
+        progress_bar: bool,
+    ) -> Iterator[Drawn]:
+        """Values and depths of the cells asked for, block by block."""
+        space = self.module.space
+        for block, part in blocks(len(query.table), "Sampling", show=progress_bar):
             noise = generator(seed, CELL, block)
-            effect = _donor_effects(self.module, query.codes[part], query.donors[part], seed)
+            effect = donor_effects(self.module, query.codes[part], query.donors[part], seed)
             c = torch.from_numpy(query.codes[part]).to(self._device)
             depth = None if log_depth is None else log_depth[part].to(self._device)
             y, (location, extra) = self.module.sample(
@@ -128,9 +165,7 @@ class GenerateMixin(ModelCore):
             if planted is not None:
                 location = location + planted(part).to(location)
             values = space.likelihood.draw(location, noise, extra).numpy()
-            drawn.append((self._packed(values), _depths(space.log_depth(y, c))))
-        values, depths = self._stack(drawn)
-        return self._synthetic(query, values, depths, seed)
+            yield self._with_depths(values, space.log_depth(y, c))
 
     @torch.no_grad()
     def counterfactual(
@@ -218,9 +253,8 @@ class GenerateMixin(ModelCore):
                 drawn = space.likelihood.draw(location, noise, extra)
                 moments.add(drawn)
             mean[part], std[part] = moments.mean.numpy(), moments.variance().sqrt().numpy()
-            kept.append((self._packed(drawn.numpy()), _depths(log_depth)))
-        values, depths = self._stack(kept)
-        synthetic = self._synthetic(query, values, depths, seed)
+            kept.append(self._with_depths(drawn.numpy(), log_depth))
+        synthetic = self._synthetic(query, *self._stack(kept), seed)
         synthetic.obs["source"] = cells.adata.obs_names[cells.rows].to_numpy()
         synthetic.layers[f"{key_added}_mean"], synthetic.layers[f"{key_added}_std"] = mean, std
         return synthetic
@@ -255,13 +289,22 @@ class GenerateMixin(ModelCore):
         """Draws ``(n, n_vars)`` in the form that they are kept in: counts are mostly 0."""
         return sparse.csr_matrix(values) if self.needs_counts else values
 
-    def _stack(
-        self, blocks: list[tuple[sparse.csr_matrix | np.ndarray, np.ndarray]]
-    ) -> tuple[sparse.csr_matrix | np.ndarray, np.ndarray]:
+    @property
+    def _nothing(self) -> sparse.csr_matrix | np.ndarray:
+        """No draws, ``(0, n_vars)``."""
+        return self._packed(np.zeros((0, len(self.var_names)), np.float32))
+
+    def _with_depths(self, values: np.ndarray, log_depth: Tensor | None) -> Drawn:
+        """Draws of a block, and depths on the scale of setup, which real cells' column has."""
+        depth = self.module.space.depth
+        if depth is None or log_depth is None:
+            return self._packed(values), np.zeros(0, np.float32)
+        depths = log_depth.exp().cpu().numpy() if depth.observed else values.sum(1)
+        return self._packed(values), depths
+
+    def _stack(self, drawn: list[Drawn]) -> Drawn:
         """Draws and depths of all blocks, in order."""
-        if not blocks:
-            return self._packed(np.zeros((0, len(self.var_names)), np.float32)), np.zeros(0)
-        values, depths = zip(*blocks, strict=True)
+        values, depths = zip(*(drawn or [(self._nothing, np.zeros(0, np.float32))]), strict=True)
         stacked = sparse.vstack(values, "csr") if self.needs_counts else np.concatenate(values)
         return stacked, np.concatenate(depths)
 
@@ -273,92 +316,37 @@ class GenerateMixin(ModelCore):
         seed: int,
     ) -> AnnData:
         """Sampled cells as an AnnData that survives scanpy."""
+        synthetic = self._described(query, depths, seed)
+        synthetic.X = values
+        layer = self._setup_args["layer"]
+        if layer is not None:
+            synthetic.layers[layer] = values.copy()
+        return synthetic
+
+    def _described(self, query: Query, depths: np.ndarray, seed: int) -> AnnData:
+        """All that is said of sampled cells but their values."""
         table, schema = query.table, self.schema
         obs = schema.restore(table.reset_index(drop=True))
         obs.index = [f"synthetic_{i}" for i in range(len(table))]
         obs["synthetic"] = True
         if self.module.space.depth is not None:
-            # On the scale of setup: what a user would compare with the real cells' column.
-            observed = self.module.space.depth.observed
-            obs["library"] = depths if observed else np.asarray(values.sum(1)).ravel()
+            obs["library"] = depths
         obs["n_train"] = self._observed.n_train(table)
         obs["support"] = pd.Categorical(
             self._observed.support(table, query.embedding),
             categories=["seen", "between", "unseen combination", "outside range"],
         )
         obs["extrapolated"] = obs["support"].isin(["unseen combination", "outside range"])
-        synthetic = AnnData(X=values, obs=obs, var=pd.DataFrame(index=self.var_names))
-        layer = self._setup_args["layer"]
-        if layer is not None:
-            synthetic.layers[layer] = values.copy()
+        synthetic = AnnData(obs=obs, var=pd.DataFrame(index=self.var_names))
         if query.embedding is not None:
             synthetic.obsm[schema.embedding_key] = query.embedding
         synthetic.uns["exprgen"] = {
             "model": type(self).__name__,
             "version": version("exprgen"),
             "seed": seed,
-            "layer": layer or "",
+            "layer": self._setup_args["layer"] or "",
             "size_factor_key": self._setup_args["size_factor_key"] or "",
             "training_seed": self.seed_,
             **self._density_options,
         }
         return synthetic
-
-
-def _donor_effects(
-    module: ExpressionModule, codes: np.ndarray, donors: np.ndarray, seed: int
-) -> Tensor | None:
-    """Each row's donor effect, ``(n, n_vars)``: rows of one donor number share one draw."""
-    space = module.space
-    if space.donors is None:
-        return None
-    known = space.features.donor(torch.from_numpy(codes)).numpy()
-    numbers, first, inverse = np.unique(donors, return_index=True, return_inverse=True)
-    draws = [
-        space.donors.draw(
-            int(known[row]), 1, generator(seed, DONOR, int(number)), space.donor_depths
-        )[0]
-        for number, row in zip(numbers, first, strict=True)
-    ]
-    return torch.stack(draws)[torch.from_numpy(inverse)]
-
-
-def _planted(
-    log_fold_change: Mapping[str, float] | pd.Series | pd.DataFrame | None,
-    query: Query,
-    var_names: pd.Index,
-) -> Callable[[slice], torch.Tensor] | None:
-    """Function from a slice of cells to natural-log shifts of their means, ``(n, n_vars)``."""
-    if log_fold_change is None:
-        return None
-    if isinstance(log_fold_change, pd.DataFrame):
-        changes, rows = log_fold_change, query.rows
-        if len(changes) != query.n_rows:
-            raise ValueError(
-                f"log_fold_change has {len(changes)} rows, conditions have {query.n_rows}: give "
-                "one per row, or a mapping by gene."
-            )
-    else:
-        if not isinstance(log_fold_change, Mapping | pd.Series):
-            raise TypeError(
-                "log_fold_change must be a mapping or Series by gene, or a DataFrame of rows of "
-                f"conditions x genes; got {log_fold_change!r} ({type(log_fold_change).__name__})."
-            )
-        series = pd.Series(log_fold_change, dtype=object)
-        changes = pd.DataFrame([series.to_numpy()], columns=list(series.index))
-        rows = np.zeros(len(query.rows), dtype=np.int64)
-    genes = _arguments.check_genes(changes.columns, var_names)
-    try:
-        values = changes.to_numpy(np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"log_fold_change must hold numbers: {error}.") from error
-    if not np.isfinite(values).all():
-        raise ValueError("log_fold_change must be finite.")
-    table = np.zeros((len(values), len(var_names)), dtype=np.float32)
-    table[:, genes] = values * np.log(2)
-    return lambda part: torch.from_numpy(table[rows[part]])
-
-
-def _depths(log_depth: Tensor | None) -> np.ndarray:
-    """Depths of a block of cells; none without depth."""
-    return np.zeros(0) if log_depth is None else log_depth.exp().cpu().numpy()

@@ -16,6 +16,7 @@ from exprgen.models._build import (
 )
 from exprgen.models._means import restored_mean
 from exprgen.models._presets import count_likelihood
+from exprgen.models._train_arguments import known_words
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,6 +91,7 @@ class HybridResidualModel(AroundMean):
 
     _refused_in_genes: ClassVar[tuple[str, ...]] = ("batch_key",)
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,

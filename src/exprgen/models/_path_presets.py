@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from exprgen.models._paths import PathModel
+from exprgen.models._train_arguments import known_words
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,6 +69,7 @@ class ExprFlow(PathModel):
     >>> model = exprgen.ExprFlow(adata, seed=0)
     """
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -131,6 +133,7 @@ class ExprDiffusion(PathModel):
     >>> model = exprgen.ExprDiffusion(adata, seed=0)
     """
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,

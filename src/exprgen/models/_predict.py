@@ -14,9 +14,11 @@ from torch import Tensor
 from exprgen import _arguments, _slots
 from exprgen._errors import CovariateError, name_some
 from exprgen._random import generator, resolve_seed
+from exprgen._stores import check_store, new_store, open_zarr
 from exprgen.models._core import ModelCore
 from exprgen.models._progress import blocks, track
 from exprgen.models._query import CELL, TABLE, Query, log_library, with_batch
+from exprgen.models._results import InMemory, InStore
 from exprgen.models._statistics import (
     Moments,
     Predictive,
@@ -26,6 +28,7 @@ from exprgen.models._statistics import (
 )
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping, Sequence
 
     from mudata import MuData
@@ -55,6 +58,7 @@ class PredictMixin(ModelCore):
         key_added: str = "exprgen",
         overwrite: bool = False,
         copy: bool = False,
+        backed: str | os.PathLike[str] | None = None,
         progress_bar: bool = True,
         seed: int | None = None,
     ) -> AnnData | MuData:
@@ -93,12 +97,17 @@ class PredictMixin(ModelCore):
             Whether to replace slots of these names that exprgen did not write.
         copy
             Whether to write to a copy.
+        backed
+            Path of a zarr store to write the results to as they come, where they are too many for
+            memory: a new AnnData with the conditions' obs, the genes asked for and the results in
+            layers, all genes or some. ``overwrite`` is then about a store at the path.
         progress_bar, seed
             As in :meth:`sample`.
 
         Returns
         -------
-        The AnnData that carries the results: the same object, or a copy if it was a view.
+        The AnnData that carries the results: the same object, or a copy if it was a view. With
+        ``backed`` that of the store, see :func:`exprgen.datasets.open_zarr`.
         """
         return self._predict(
             (self,),
@@ -114,6 +123,7 @@ class PredictMixin(ModelCore):
             key_added=key_added,
             overwrite=overwrite,
             copy=copy,
+            backed=backed,
             progress_bar=progress_bar,
             seed=seed,
         )
@@ -136,6 +146,7 @@ class PredictMixin(ModelCore):
         copy: bool,
         progress_bar: bool,
         seed: int | None,
+        backed: str | os.PathLike[str] | None = None,
     ) -> AnnData | MuData:
         """:meth:`predict` by several models, of which this is one, as equally likely."""
         self._check_trained()
@@ -151,6 +162,12 @@ class PredictMixin(ModelCore):
             )
         self._check_has_depth(library=library)
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
+        place = None
+        if backed is not None:
+            place = check_store(backed, overwrite=_arguments.check_bool(overwrite, "overwrite"))
+            _slots.check_key(key_added)
+            if copy:
+                raise ValueError("copy=True is of no use with backed, which writes to no AnnData.")
         seed = resolve_seed(seed)
         if conditions is None:
             conditions = self._own_data()
@@ -158,7 +175,7 @@ class PredictMixin(ModelCore):
         given = isinstance(conditions, AnnData)
         if given:
             logger.info("predict uses the conditions, not the counts; see denoise for those.")
-            if selected is None:
+            if selected is None and place is None:
                 self._check_same_genes(conditions, quiet=False)
         split = self._split_of(conditions) if given else None
         if of == "mean":
@@ -188,19 +205,19 @@ class PredictMixin(ModelCore):
         log_depth = log_library("sampled" if library is None else library, rows, len(rows))
         names = [_slots.quantile_name(q) for q in quantiles]
         columns = slice(None) if selected is None else selected
-        results: dict[str, np.ndarray] = {}
         laws = [
             model._laws(
                 asked, log_depth, of, n_cells, n_samples, seed, progress_bar and model is self
             )
             for model, asked in zip(models, queries, strict=True)
         ]
-        for group, law in pooled(laws):
-            for name, value in law.slots(quantiles, names).items():
-                value = value[columns]
-                if name not in results:
-                    results[name] = np.empty((len(rows), len(value)), np.float32)
-                results[name][group] = value
+
+        def filled(results: InMemory) -> Mapping[str, Any]:
+            for group, law in pooled(laws):
+                slots = law.slots(quantiles, names)
+                results.add(group, {name: value[columns] for name, value in slots.items()})
+            return results.close()
+
         info: dict[str, Any] = {
             "of": of,
             "n_cells": n_cells or 0,
@@ -216,10 +233,27 @@ class PredictMixin(ModelCore):
         }
         if len(models) > 1:
             info["n_models"] = len(models)
+        if place is not None:
+            about = conditions if isinstance(conditions, AnnData) else self._new_adata(query)
+            genes_asked = pd.DataFrame(index=self.var_names[columns])
+            described = AnnData(obs=about.obs.copy(), var=genes_asked)
+            with new_store(place, overwrite=overwrite) as store:
+                _slots.write(
+                    described,
+                    key_added,
+                    "predict",
+                    model=type(self).__name__,
+                    layers=filled(InStore(len(rows), store, key_added)),
+                    obs={} if split is None else {"split": split},
+                    info=info,
+                    overwrite=True,
+                )
+                store.write(described)
+            return open_zarr(place)
         return self._write(
             target if given else self._new_adata(query),
             "predict",
-            results,
+            filled(InMemory(len(rows))),
             info,
             split=split,
             selected=selected,
@@ -268,8 +302,10 @@ class PredictMixin(ModelCore):
         # Of a fixed depth nothing is left to a donor.
         depths = self.module.space.donor_depths if log_depth is None else None
         groups = np.split(np.argsort(inverse, kind="stable"), np.bincount(inverse).cumsum()[:-1])
-        for i, row in enumerate(track(first, "Predicting", show=progress_bar)):
-            noise = generator(seed, CELL, i)
+        # As they first occur, so that results that are written as they come are so in order.
+        for i in track(np.argsort(first), "Predicting", show=progress_bar):
+            row = int(first[i])
+            noise = generator(seed, CELL, int(i))
             depth = None if log_depth is None else log_depth[row]
             decoded, donor = self._decoded(query, row, depth, n_samples, noise, seed)
             law = self.module, decoded, donor, noise

@@ -16,6 +16,7 @@ from exprgen.likelihoods import (
 )
 from exprgen.models._base import GenerativeModel
 from exprgen.models._build import Architecture, build_module
+from exprgen.models._train_arguments import known_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +111,7 @@ class NBVAE(GenerativeModel):
 
     needs_counts = True
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -156,6 +158,7 @@ class ZINBVAE(GenerativeModel):
 
     needs_counts = True
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -212,6 +215,7 @@ class CondVAE(GenerativeModel):
 
     needs_counts = False
 
+    @known_words
     def __init__(
         self,
         adata: AnnData | MuData | None = None,

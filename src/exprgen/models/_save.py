@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from exprgen.module import ExpressionModule
 
-__all__ = ["SaveMixin"]
+__all__ = ["SaveMixin", "fill", "naming"]
 
 ADATA_FILE, MDATA_FILE = "adata.h5ad", "mdata.h5mu"
 
@@ -159,7 +159,7 @@ class SaveMixin(SetupMixin):
         manifest, payload = _files.read_folder(
             folder, expected_class=cls.__name__, prefix=prefix or ""
         )
-        with _naming(folder, "description"):
+        with naming(folder, "description"):
             attributes = dict(payload["attr_dict"])
             registry = attributes.pop("registry_")
             arguments = attributes["init_params_"]["non_kwargs"]
@@ -168,25 +168,25 @@ class SaveMixin(SetupMixin):
             known = inspect.signature(getattr(cls, method)).parameters.keys()
             if unknown := registry["setup_args"].keys() - (known - {"adata", "mdata", "kwargs"}):
                 raise TypeError(f"{method} takes no {name_some(sorted(unknown))}")
-        with _naming(folder, "weights"):
+        with naming(folder, "weights"):
             state = registry["field_registries"][CONDITIONS_KEY]["state_registry"]
             in_genes = cls.takes_continuous and state["data_kind"] != "counts"
             _check_sizes(arguments, payload["model_state_dict"], in_genes=in_genes)
         for name, read in ((ADATA_FILE, ad.read_h5ad), (MDATA_FILE, read_h5mu)):
             data_file = f"{prefix or ''}{name}"
             if adata is None and data_file in manifest["files"]:  # no other has been verified
-                with _naming(folder, data_file):
+                with naming(folder, data_file):
                     adata = read(folder / data_file)
         attach = isinstance(adata, AnnData | MuData)
         if attach:
             adata = cls._adopt(adata, registry)
         elif adata is not None and adata is not False:
             _validate.check_anndata(adata, method="load")
-        with _naming(folder, "description"):
+        with naming(folder, "description"):
             model = cls(adata if attach else None, None if attach else registry, **arguments)
-        with _naming(folder, "weights"):
-            _fill(model.module, payload["model_state_dict"])
-        with _naming(folder, "state"):
+        with naming(folder, "weights"):
+            fill(model.module, payload["model_state_dict"])
+        with naming(folder, "state"):
             model._restore(attributes)
         model.to_device(torch_device)
         model.module.eval()
@@ -218,7 +218,7 @@ class SaveMixin(SetupMixin):
             As in :meth:`load`.
         """
         _, payload = _files.read_folder(dir_path, expected_class=None, prefix=prefix or "")
-        with _naming(Path(dir_path), "description"):
+        with naming(Path(dir_path), "description"):
             registry = payload["attr_dict"]["registry_"]
             _check_registry(registry)
         return registry
@@ -322,7 +322,7 @@ def _data_file(data: AnnData | MuData) -> tuple[str, Callable[[Path], object]]:
 
 
 @contextmanager
-def _naming(folder: Path, part: str) -> Iterator[None]:
+def naming(folder: Path, part: str) -> Iterator[None]:
     """Say which part of a model's folder is no part of a model."""
     try:
         yield
@@ -372,7 +372,7 @@ def _check_sizes(
             raise ValueError(f"{name} is {size}, but the largest of their dimensions {largest}")
 
 
-def _fill(module: ExpressionModule, weights: Mapping[str, Any]) -> None:
+def fill(module: ExpressionModule, weights: Mapping[str, Any]) -> None:
     """Load weights that are those of the module: names, shapes, kinds of numbers, finite."""
     own = module.state_dict()
     if differ := sorted(map(str, own.keys() ^ weights.keys())):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import contextmanager
-from copy import deepcopy
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,26 +16,37 @@ from exprgen._errors import closest
 from exprgen._quiet import quiet_lightning
 from exprgen._random import isolated
 from exprgen.models._cells import cell_keys, split_labels
-from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged
 from exprgen.models._mudata import own_name
-from exprgen.models._train_arguments import checked_trainer, checked_words
+from exprgen.models._resume import ResumeMixin
+from exprgen.models._train_arguments import (
+    check_accelerator,
+    checked_trainer,
+    checked_words,
+    known_words,
+    said_of_trainer,
+)
 from exprgen.train import (
+    FINISHED,
+    WINDOW,
     CellDataModule,
     CellDataset,
     DensityTrainingPlan,
     EncodedDataset,
     GenerativeTrainingPlan,
     KeepBestWeights,
+    KeepState,
+    TrainingCheckpoint,
     check_plan,
     data_moments,
     default_batch_size,
     default_density_epochs,
     default_max_epochs,
+    digest_rows,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lightning.pytorch import Callback
 
@@ -50,9 +60,10 @@ logger = logging.getLogger("exprgen")
 _N_VALIDATIONS = 40
 
 
-class TrainMixin(ModelCore):
+class TrainMixin(ResumeMixin):
     """Training of a :class:`~exprgen.models.GenerativeModel`."""
 
+    @known_words
     def train(
         self,
         max_epochs: int | None = None,
@@ -66,6 +77,8 @@ class TrainMixin(ModelCore):
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
         progress_bar: bool = True,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
         plan_kwargs: dict[str, Any] | None = None,
         density_kwargs: dict[str, Any] | None = None,
         trainer_kwargs: dict[str, Any] | None = None,
@@ -104,6 +117,14 @@ class TrainMixin(ModelCore):
             As Lightning takes them.
         progress_bar
             Whether to show one.
+        checkpoint_dir
+            Folder in which the state of the run is kept as it goes, to take it up again after
+            whatever has ended it. It is written between epochs, at most a fiftieth of the time.
+        resume
+            Whether to go on from the checkpoint in ``checkpoint_dir``, with the same arguments,
+            seed and cells; training begins if there is none yet, and has nothing to do where it
+            was finished. On the same machine with one thread the result is, bit by bit, that of
+            the run without interruption.
         plan_kwargs
             Arguments of :class:`~exprgen.train.GenerativeTrainingPlan`, e.g. ``{"lr": 1e-3}``.
         density_kwargs
@@ -121,6 +142,19 @@ class TrainMixin(ModelCore):
             If the conditions were edited since setup.
         TrainingDivergedError
             If the loss stops being finite; the best weights until then are kept.
+        RuntimeError
+            If there is no such ``accelerator``.
+        FileExistsError, PermissionError
+            If ``checkpoint_dir`` holds a checkpoint and ``resume`` is False, or cannot be written
+            to.
+        CheckpointError, UntrustedFileError
+            If the checkpoint is of another run, damaged, or not plain.
+
+        Warns
+        -----
+        TrainingStoppedWarning
+            If training was interrupted, as by Ctrl-C. It returns, with the best weights until
+            then if an epoch was finished.
         """
         if self.adata is None:
             raise ValueError("This model was loaded without data: load(path, adata) to train it.")
@@ -130,7 +164,13 @@ class TrainMixin(ModelCore):
         ):
             if value is not None:
                 _arguments.check_positive_int(value, name)
-        _arguments.check_bool(early_stopping, "early_stopping")
+        for name, flag in (("early_stopping", early_stopping), ("resume", resume)):
+            _arguments.check_bool(flag, name)
+        if not isinstance(checkpoint_dir, str | os.PathLike | None):
+            raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}.")
+        if resume and checkpoint_dir is None:
+            raise ValueError("resume=True needs checkpoint_dir, the folder of the checkpoint.")
+        check_accelerator(accelerator)
         plan_kwargs = checked_words(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
         taken_over = self.autoencoder_taken_over_
@@ -170,13 +210,33 @@ class TrainMixin(ModelCore):
             )
         if max_epochs is None:
             max_epochs = default_max_epochs(len(train_idx))
-        elif _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0) == 0:
+        max_epochs = _arguments.check_positive_int(max_epochs, "max_epochs", minimum=0)
+        if max_epochs == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
-        with self._all_or_nothing():
+        checkpoint = None
+        if checkpoint_dir is not None:
+            run = {
+                **self._said(),
+                "max_epochs": max_epochs,
+                "batch_size": batch_size,
+                "early_stopping": early_stopping,
+                "early_stopping_patience": early_stopping_patience,
+                "plan_kwargs": plan_kwargs,
+                "density_kwargs": density_kwargs,
+                "trainer_kwargs": said_of_trainer(trainer_kwargs),
+                "cells": digest_rows(keys),
+                "conditions": digest_rows(dataset.conditions),
+                "library": digest_rows(dataset.library.numpy()),
+                "split": [digest_rows(rows) for rows in (train_idx, val_idx)],
+            }
+            checkpoint = TrainingCheckpoint(checkpoint_dir, run, resume=resume)
+        with self._returns_if_stopped(), self._all_or_nothing():
             fitted = self._fitted_rows(train_idx, val_idx)
-            dataset = self._with_training_means(dataset, fitted, val_idx)
-            data = CellDataModule(dataset, train_idx, val_idx, batch_size)
+            with isolated(self.seed_):  # a predictor may draw, and its leading axes do
+                dataset = self._with_training_means(dataset, fitted, val_idx)
+            stage = None if checkpoint is None else self._take_up(checkpoint, dataset)
+            data = CellDataModule(dataset, train_idx, val_idx, batch_size, seed=self.seed_)
             module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
             # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
             clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
@@ -190,13 +250,16 @@ class TrainMixin(ModelCore):
                 **trainer_kwargs,
             }
             finish = partial(self._finish, data, keys, fitted)
+            if stage == FINISHED:
+                finish()
+                return
             with isolated(self.seed_), quiet_lightning():
                 # In gene space nothing is learned but of these cells, and the density of scores.
-                if not (module.initialized and module.space.is_learned):
+                if stage is None and not (module.initialized and module.space.is_learned):
                     module.space.initialize(data_moments(dataset, fitted, module.space))
                     module.initialized.fill_(True)
                 has_autoencoder = not taken_over and module.space.is_learned
-                if has_autoencoder:
+                if has_autoencoder and stage in (None, GenerativeTrainingPlan.stage):
                     self._run_stage(
                         GenerativeTrainingPlan(
                             module, n_obs_training=len(train_idx), seed=self.seed_, **plan_kwargs
@@ -206,6 +269,7 @@ class TrainMixin(ModelCore):
                         patience=early_stopping_patience or max_epochs,
                         callbacks=callbacks,
                         finish=finish,
+                        checkpoint=checkpoint,
                         **runner_kwargs,
                     )
                 if not (has_autoencoder or module.has_density_stage):
@@ -222,29 +286,15 @@ class TrainMixin(ModelCore):
                         train_idx,
                         val_idx,
                         density_kwargs,
+                        earlier=first,
                         callbacks=callbacks,
                         finish=finish,
+                        checkpoint=checkpoint,
                         **runner_kwargs,
                     )
-                    self.history_ = {**first, **(self.history_ or {})}
             finish()
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Inside, a model that was trained before is what it was, until it is trained anew."""
-        names = [name for name in ("history_", "mean", "mean_state_") if hasattr(self, name)]
-        before = {name: getattr(self, name) for name in names}
-        weights = deepcopy(self.module.state_dict()) if self.is_trained_ else None
-        self._has_finished = False
-        try:
-            yield
-        except BaseException:
-            if weights is not None and not self._has_finished:
-                self.module.load_state_dict(weights)
-                self.module.eval()
-                for name, value in {**before, "is_trained_": True}.items():
-                    setattr(self, name, value)
-            raise
+            if checkpoint is not None:
+                checkpoint.finish(module.state_dict(), self.history_)
 
     def _with_training_means(
         self, dataset: CellDataset, fitted: np.ndarray, val_idx: np.ndarray
@@ -261,19 +311,27 @@ class TrainMixin(ModelCore):
         patience: int,
         callbacks: list[Callback],
         finish: Callable[[], None],
+        checkpoint: TrainingCheckpoint | None,
+        earlier: dict[str, Any] | None = None,
         validate_every: int = 1,
         **runner_kwargs: Any,
     ) -> None:
-        """Train one stage, and keep its best weights.
+        """Train one stage, and keep its best weights; ``earlier`` is the history before it.
 
         ``finish`` is called if it is stopped and the model can be used all the same.
         """
         several = self.module.has_density_stage
         before = self.history_, self.is_trained_
+        keep_best = KeepBestWeights(plan.monitor if data.n_val else None)
+        callbacks, resumed = [keep_best, *callbacks], None
+        if checkpoint is not None:
+            checkpoint.state["stage"] = plan.stage
+            checkpoint.state["history"], checkpoint.state["is_trained"] = before
+            callbacks = [KeepState(checkpoint), *callbacks]
+            resumed = None if checkpoint.content is None else str(checkpoint.folder)
         if several:
             # The runner would join the stages' histories key by key, and drop what is not in both.
             self.history_, self.is_trained_ = None, False
-        keep_best = KeepBestWeights(plan.monitor if data.n_val else None)
         try:
             # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
             self.module.train()
@@ -285,19 +343,29 @@ class TrainMixin(ModelCore):
                 early_stopping_monitor=plan.monitor,
                 early_stopping_patience=patience,
                 check_val_every_n_epoch=validate_every if data.n_val else None,
-                callbacks=[keep_best, *callbacks],
+                callbacks=callbacks,
+                ckpt_path=resumed,
                 **runner_kwargs,
             )
+            if checkpoint is not None:
+                runner.trainer.strategy.checkpoint_io = checkpoint
             runner()
+            self.history_ = {**(earlier or {}), **(self.history_ or {})}
         except BaseException as error:
             # Whatever stopped it, a model that has weights to answer with can be used.
             if not keep_best.restore(self.module):
                 self.history_, self.is_trained_ = before
             elif not (several and isinstance(plan, GenerativeTrainingPlan)):
                 self.is_trained_ = True
+                self.history_ = {**(earlier or {}), **(self.history_ or {})}
                 finish()
-            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None  # Lightning exits the process instead
+            # Lightning exits the process instead.
+            cause = error.__context__ if isinstance(error, SystemExit) else error
+            if isinstance(cause, KeyboardInterrupt):
+                where = f" of the {plan.stage}" if several else ""
+                raise KeyboardInterrupt(
+                    f"at epoch {plan.current_epoch} of {max_epochs}{where}"
+                ) from None
             raise
         finally:
             self.module.eval()
@@ -345,7 +413,8 @@ class TrainMixin(ModelCore):
         kwargs = checked_words(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
         for name in sizes:
             if kwargs.get(name) is not None:
-                _arguments.check_positive_int(kwargs[name], f"density_kwargs[{name!r}]")
+                where = f"density_kwargs[{name!r}]"
+                kwargs[name] = _arguments.check_positive_int(kwargs[name], where)
         check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
         return {name: value for name, value in kwargs.items() if value is not None}
 
@@ -374,7 +443,21 @@ class TrainMixin(ModelCore):
         )
         cells = self._cells(None, training=True)
         dataset = CellDataset(cells.reader, cells.codes, cells.library)
-        return dataset, cell_keys(cells.adata, cells.reader)
+        if not dataset.in_memory:
+            if len(dataset) <= WINDOW:
+                dataset = dataset.held(np.arange(len(dataset)))
+            elif self._holds_all_genes:
+                raise ValueError(
+                    f"This {type(self).__name__} holds all genes of all {len(dataset)} cells in "
+                    "memory while it is trained, but they lie in a file: set up and train it on "
+                    "adata.to_memory(), or use a model of the counts."
+                )
+        return dataset, cell_keys(cells.adata, dataset.reader)
+
+    @property
+    def _holds_all_genes(self) -> bool:
+        """Whether training needs all cells x genes at once: in gene space scores of all."""
+        return not self.module.space.is_learned
 
     def _split_taken_over(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of the cells that the autoencoder was trained and validated on."""

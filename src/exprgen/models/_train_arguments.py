@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from scvi.train import Trainer
 
 from exprgen import _arguments
 from exprgen._errors import closest
+from exprgen.train import DensityTrainingPlan, GenerativeTrainingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["checked_trainer", "checked_words"]
+__all__ = [
+    "check_accelerator",
+    "checked_trainer",
+    "checked_words",
+    "known_words",
+    "said_of_trainer",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What train() itself decides, by the name it has there.
 _OWN_WORDS = {
@@ -44,14 +56,82 @@ _WITHOUT_EPOCHS = {
 }
 
 
+# Of the trainer's settings those that change what is learned.
+_OF_TRAINING = (
+    "accumulate_grad_batches",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "precision",
+)
+
+_HOMES = {
+    "plan_kwargs": (GenerativeTrainingPlan,),
+    "density_kwargs": (DensityTrainingPlan,),
+    "trainer_kwargs": (Trainer, LightningTrainer),
+}
+
+
+def known_words(method: Callable[P, R]) -> Callable[P, R]:
+    """Refuse keywords that a method does not have, and say where they belong."""
+    known = inspect.signature(method).parameters.keys()
+    name = method.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for word in kwargs.keys() - known:
+            homes = [home for home in _HOMES if home in known and word in _words(*_HOMES[home])]
+            hint = closest(word, known)
+            if homes:
+                hint = f" Give it as {' or '.join(homes)}={{{word!r}: ...}}."
+            raise TypeError(f"{name}() has no argument {word!r}.{hint}")
+        return method(*args, **kwargs)
+
+    return checked
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse an accelerator that Lightning does not know, or that is not here.
+
+    Raises
+    ------
+    ValueError
+        If it has no such name.
+    RuntimeError
+        If there is none.
+    """
+    if not isinstance(accelerator, str) or accelerator == "auto":
+        return
+    names = AcceleratorRegistry.available_accelerators()
+    here = [name for name in names if AcceleratorRegistry[name]["accelerator"].is_available()]
+    if accelerator not in {"gpu", *names}:
+        raise ValueError(
+            f"accelerator must be 'auto', 'gpu' or one of {sorted(names)}, got {accelerator!r}."
+            f"{closest(accelerator, names)}"
+        )
+    if not {"cuda", "mps"} & {*here} if accelerator == "gpu" else accelerator not in here:
+        raise RuntimeError(
+            f"accelerator={accelerator!r}: there is none here that torch can use. Available: "
+            f"{', '.join(map(repr, here))}."
+        )
+
+
+def said_of_trainer(kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """What decides what is learned, among the trainer's settings."""
+    return {name: str(kwargs[name]) for name in _OF_TRAINING if name in kwargs}
+
+
+def _words(*owners: type) -> set[str]:
+    words = {word for owner in owners for word in inspect.signature(owner).parameters}
+    return words - {"module", "n_obs_training", "seed", "kwargs"}
+
+
 def checked_words(
     kwargs: dict[str, Any] | None, argument: str, *owners: type, also: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Refuse unknown keywords before anything runs."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"{argument} must be a dict or None, got {kwargs!r}.")
-    allowed = {word for owner in owners for word in inspect.signature(owner).parameters}
-    allowed = allowed - {"module", "n_obs_training", "seed", "kwargs"} | {*also}
+    allowed = _words(*owners) | {*also}
     for word in kwargs or {}:
         if word not in allowed:
             raise TypeError(

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exprgen._random import isolated
-
 if TYPE_CHECKING:
     from exprgen._layout import ConditionLayout
 
@@ -62,8 +60,7 @@ class KnownMean(nn.Module):
         q = min(self.n_axes, *values.shape)
         if q == 0:
             return
-        with isolated(0):  # it starts from random directions
-            _, singular, axes = torch.svd_lowrank(values - self.centre, q=q, niter=4)
+        _, singular, axes = torch.svd_lowrank(values - self.centre, q=q, niter=4)
         spread = singular / len(values) ** 0.5
         kept = spread > _LEAST_SPREAD * torch.maximum(spread[0], self.centre.abs().mean())
         # The sign of an axis is arbitrary: most of its weight is positive.

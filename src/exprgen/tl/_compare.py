@@ -24,7 +24,12 @@ import numpy as np
 import torch
 
 from exprgen import _arguments
-from exprgen._errors import DataQualityWarning, ExtrapolationWarning, name_some
+from exprgen._errors import (
+    DataQualityWarning,
+    ExtrapolationWarning,
+    TrainingStoppedWarning,
+    name_some,
+)
 from exprgen._random import generator, resolve_seed
 from exprgen._validate import check_anndata
 from exprgen.models import NBVAE, ZINBVAE, CondVAE, ExprFlow
@@ -162,7 +167,9 @@ def compare_likelihoods(
         )
         model_class.setup_anndata(train, **setup)
         model = model_class(train, seed=seed, **arguments)
-        model.train(max_epochs, **training)
+        with warnings.catch_warnings():  # an interruption is one of all of them
+            warnings.simplefilter("error", TrainingStoppedWarning)
+            model.train(max_epochs, **training)
         if continuous:
             score = _interval_log_pmf(model, held, counts[test], n_samples, progress_bar, seed)
         else:

@@ -1,6 +1,8 @@
-"""Training: the plans (what a step does), the data (which cells it sees), the best weights."""
+"""Training: the plans (what a step does), the data, the best weights, the checkpoints."""
 
+from exprgen.train._blocks import WINDOW, BlockLoader, Shuffle
 from exprgen.train._callbacks import KeepBestWeights
+from exprgen.train._checkpoint import FINISHED, KeepState, TrainingCheckpoint, digest_rows
 from exprgen.train._data import (
     CellDataModule,
     CellDataset,
@@ -18,16 +20,23 @@ from exprgen.train._plans import (
 )
 
 __all__ = [
+    "FINISHED",
+    "WINDOW",
+    "BlockLoader",
     "CellDataModule",
     "CellDataset",
     "DensityTrainingPlan",
     "EncodedDataset",
     "GenerativeTrainingPlan",
     "KeepBestWeights",
+    "KeepState",
+    "Shuffle",
     "StagePlan",
+    "TrainingCheckpoint",
     "check_plan",
     "data_moments",
     "default_batch_size",
     "default_density_epochs",
     "default_max_epochs",
+    "digest_rows",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
@@ -43,6 +43,15 @@ class KeepBestWeights(Callback):
             module.load_state_dict(self._weights)
         return self.best_epoch is not None
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self._weights = state_dict["weights"]
+
     def _keep(self, plan: StagePlan) -> None:
         with plan.averaged():
             state = plan.module.state_dict()
@@ -50,7 +59,8 @@ class KeepBestWeights(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: StagePlan) -> None:
         """Keep what there is, so that a run that diverges at once can be tried again."""
-        self._keep(pl_module)
+        if self._weights is None:  # else the run is taken up
+            self._keep(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: StagePlan) -> None:
         """Keep this epoch's weights if its validation is the best so far.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
+
+from exprgen.train._blocks import BlockLoader, Shuffle, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,7 +64,8 @@ class CellDataset(Dataset):
     Parameters
     ----------
     reader
-        Has ``rows(index) -> (n, n_vars) float32`` and ``shape``.
+        Has ``rows(index) -> (n, n_vars) float32``, ``shape``, ``in_memory``, and where that is
+        False ``held(index)``, a reader of some rows that is in memory.
     conditions
         Encoded conditions, ``(n_obs, width)``, read by row numbers.
     library
@@ -72,6 +76,15 @@ class CellDataset(Dataset):
         self.reader = reader
         self.conditions = conditions
         self.library = torch.from_numpy(np.ascontiguousarray(library, dtype=np.float32))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether any cell is as near as any other."""
+        return self.reader.in_memory
+
+    def held(self, rows: np.ndarray) -> CellDataset:
+        """Some of the cells, in memory; ``rows`` increase."""
+        return CellDataset(self.reader.held(rows), self.conditions[rows], self.library[rows])
 
     def __len__(self) -> int:
         return len(self.library)
@@ -88,6 +101,10 @@ class CellDataset(Dataset):
 class CellDataModule(LightningDataModule):
     """Training and validation batches over one fixed split.
 
+    Training cells that are in memory are shuffled one by one, those in a file as
+    :class:`BlockLoader` says. Of many validation cells in a file some are validated on, always
+    the same, which are held in memory.
+
     Parameters
     ----------
     dataset
@@ -96,6 +113,8 @@ class CellDataModule(LightningDataModule):
         Row numbers of the training and the validation cells.
     batch_size
         Cells per step.
+    seed
+        Of the order of cells in a file.
     """
 
     def __init__(
@@ -104,6 +123,8 @@ class CellDataModule(LightningDataModule):
         train_idx: np.ndarray,
         val_idx: np.ndarray,
         batch_size: int,
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.dataset = dataset
@@ -111,6 +132,7 @@ class CellDataModule(LightningDataModule):
         self.val_idx = val_idx
         self.test_idx = np.setdiff1d(np.arange(len(dataset)), np.r_[train_idx, val_idx])
         self.batch_size = batch_size
+        self.seed = seed
 
     @property
     def n_train(self) -> int:
@@ -122,18 +144,38 @@ class CellDataModule(LightningDataModule):
         """Number of validation cells."""
         return len(self.val_idx)
 
-    def _loader(self, rows: Iterable[int]) -> DataLoader:
-        batches = BatchSampler(rows, self.batch_size, drop_last=False)
-        # Without a batch size of its own the loader hands whole batches of rows to the dataset.
-        return DataLoader(self.dataset, sampler=batches, batch_size=None)
-
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | BlockLoader:
         """Shuffled batches of training cells."""
-        return self._loader(SubsetRandomSampler(self.train_idx.tolist()))
+        if self._in_file is not None:
+            trainer = self.trainer
+            rank, n_ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+            shuffle = Shuffle(self.train_idx, self.batch_size, self.seed, rank, n_ranks)
+            return BlockLoader(self._in_file, shuffle)
+        return self._loader(self.dataset, SubsetRandomSampler(self.train_idx.tolist()))
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches of validation cells in a fixed order."""
-        return self._loader(self.val_idx.tolist()) if self.n_val else []
+        if not self.n_val:
+            return []
+        if self._held is not None:
+            return self._loader(self._held, range(len(self._held)))
+        return self._loader(self.dataset, self.val_idx.tolist())
+
+    def _loader(self, dataset: Dataset, rows: Iterable[int]) -> DataLoader:
+        batches = BatchSampler(rows, self.batch_size, drop_last=False)
+        # Without a batch size of its own the loader hands whole batches of rows to the dataset.
+        return DataLoader(dataset, sampler=batches, batch_size=None)
+
+    @property
+    def _in_file(self) -> CellDataset | None:
+        """The cells, if they are not in memory."""
+        cells = self.dataset
+        return cells if isinstance(cells, CellDataset) and not cells.in_memory else None
+
+    @cached_property
+    def _held(self) -> CellDataset | None:
+        """What is validated on, of cells that are not in memory."""
+        return self._in_file and self._in_file.held(some_of(self.val_idx, self.seed))
 
 
 class EncodedDataset(Dataset):

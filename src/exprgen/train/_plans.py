@@ -77,6 +77,9 @@ class StagePlan(TrainingPlan):
     terms: ClassVar[tuple[str, ...]]
     """What is logged, means per cell; ``{}`` is train or validation."""
 
+    stage: ClassVar[str]
+    """What is trained."""
+
     remedy: ClassVar[str]
     """How a caller asks for the learning rate ``{}``."""
 
@@ -222,6 +225,7 @@ class GenerativeTrainingPlan(StagePlan):
         If a number is none, not finite, or outside its range.
     """
 
+    stage = "autoencoder"
     monitor = "elbo_validation"
     # Names of scvi-tools, where elbo is the negative ELBO.
     terms = ("{}_loss", "elbo_{}", "reconstruction_loss_{}", "kl_local_{}")
@@ -336,6 +340,7 @@ class DensityTrainingPlan(StagePlan):
         If a number is none, not finite, or outside its range.
     """
 
+    stage = "density"
     monitor = "density_loss_validation"
     terms = ("density_loss_{}",)
     remedy = 'density_kwargs={{"lr": {:.2g}}}'
@@ -358,8 +363,22 @@ class DensityTrainingPlan(StagePlan):
         self.offset_lr_factor = offset_lr_factor
         self.ema_decay = ema_decay
         self.n_averaged = 0
-        trained = [p for p in module.density.parameters() if p.requires_grad]
-        self._trained, self._average = trained, [p.detach().clone() for p in trained]
+        self._trained = [p for p in module.density.parameters() if p.requires_grad]
+        # Buffers go where the module goes, and into checkpoints.
+        for i, parameter in enumerate(self._trained):
+            self.register_buffer(f"average_{i}", parameter.detach().clone())
+
+    @property
+    def _average(self) -> list[Tensor]:
+        return [self.get_buffer(f"average_{i}") for i in range(len(self._trained))]
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What a checkpoint holds besides tensors."""
+        return {"n_averaged": self.n_averaged}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """From a checkpoint."""
+        self.n_averaged = state["n_averaged"]
 
     def step(
         self, batch: dict[str, Tensor], noise: torch.Generator | None

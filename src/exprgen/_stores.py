@@ -1,0 +1,203 @@
+"""Cells in a zarr store: written block by block, all of them or none, and read where they lie.
+
+A store is written in a hidden folder beside its place, and comes into place by a rename when it is
+whole. Its layout is AnnData's own: ``anndata.read_zarr`` reads it, zarr format 3.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from exprgen._random import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import zarr
+    from anndata import AnnData
+
+__all__ = ["CellStore", "check_store", "new_store", "open_zarr"]
+
+# Of the parts of a sparse matrix, 512 KiB, so that neighbouring cells are read with few others.
+_CHUNK_VALUES = 2**17
+# That are appended at once, for every time the last chunk is written anew.
+_APPENDED_VALUES = 2**20
+
+
+class CellStore:
+    """A store that is being written, see :func:`new_store`."""
+
+    def __init__(self, group: zarr.Group) -> None:
+        self.group = group
+        self._pending: list[sparse.csr_matrix] = []
+        self._write("layers", {})
+
+    def write(self, adata: AnnData) -> None:
+        """Write all of an AnnData but its ``X`` and its layers."""
+        self.flush()
+        for name in ("obs", "var"):
+            self._write(name, getattr(adata, name))
+        for name in ("obsm", "uns"):
+            self._write(name, dict(getattr(adata, name)))
+        self.group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+
+    def append(self, values: sparse.csr_matrix | np.ndarray) -> None:
+        """Append rows ``(n, n_vars)`` to ``X``."""
+        if isinstance(values, np.ndarray):
+            x = self.dense("X", (0, values.shape[1])) if "X" not in self.group else self.group["X"]
+            start = x.shape[0]
+            x.resize((start + len(values), values.shape[1]))
+            x[start:] = values
+            return
+        if "X" not in self.group:
+            # Wide enough for any number of counts.
+            empty = sparse.csr_matrix((0, values.shape[1]), dtype=values.dtype)
+            self._write("X", empty, chunks=(_CHUNK_VALUES,), indptr_dtype=np.int64)
+        self._pending.append(values)
+        if sum(part.nnz for part in self._pending) >= _APPENDED_VALUES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been appended and is still in memory."""
+        from anndata.io import sparse_dataset
+
+        if self._pending:
+            with _quietly():
+                sparse_dataset(self.group["X"]).append(sparse.vstack(self._pending, "csr"))
+            self._pending.clear()
+
+    def dense(self, name: str, shape: tuple[int, int]) -> zarr.Array:
+        """A new matrix of float32, of blocks of 512 rows."""
+        chunks = (BLOCK_SIZE, max(1, shape[1]))
+        self._write(name, np.zeros((0, shape[1]), np.float32), chunks=chunks)
+        array = self.group[name]
+        array.resize(shape)
+        return array
+
+    def _write(self, name: str, value: Any, **options: Any) -> None:
+        from anndata.io import write_elem
+
+        with _quietly():
+            write_elem(self.group, name, value, dataset_kwargs=options)
+
+
+@contextmanager
+def new_store(path: Path, *, overwrite: bool) -> Iterator[CellStore]:
+    """Inside, a store is written; at the end it is at ``path``, or nothing is if it failed."""
+    import zarr
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        store = CellStore(zarr.open_group(folder / "new", mode="w", zarr_format=3))
+        yield store
+        store.flush()
+        check_store(path, overwrite=overwrite)  # once more, for sampling takes its time
+        if path.exists():
+            path.rename(folder / "old")
+        (folder / "new").rename(path)
+    finally:
+        if not path.exists() and (folder / "old").exists():
+            (folder / "old").rename(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_store(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Where a store is to be written; ``~`` is the home folder.
+
+    Raises
+    ------
+    TypeError
+        If it is no path.
+    FileExistsError
+        If something is there, unless it is a zarr store and may be replaced.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"backed must be a path, such as 'cells.zarr', or None; got {path!r}.")
+    place = Path(path).expanduser().absolute()
+    if not os.path.lexists(place):
+        return place
+    if not overwrite:
+        raise FileExistsError(
+            f"backed={str(path)!r} exists. Give another path, or overwrite=True to replace it."
+        )
+    if place.is_symlink() or not any((place / name).is_file() for name in _ROOTS):
+        raise FileExistsError(
+            f"backed={str(path)!r} exists and is no zarr store: overwrite=True replaces only "
+            "those. Give another path."
+        )
+    return place
+
+
+_ROOTS = ("zarr.json", ".zgroup")
+
+
+def open_zarr(path: str | os.PathLike[str]) -> AnnData:
+    """Open cells in a zarr store without reading their matrices.
+
+    ``X`` and layers stay where they are, and are read as far as they are asked for;
+    ``.to_memory()`` reads everything. Every model can be set up with and trained on what is
+    returned, see the guide on large data.
+
+    Parameters
+    ----------
+    path
+        What :func:`anndata.AnnData.write_zarr` wrote, or ``sample(backed=...)``. Of the latter
+        counts are stored once: they are ``X`` and the layer of setup.
+
+    Returns
+    -------
+    AnnData that cannot write to the store.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is no AnnData.
+    """
+    import zarr
+    from anndata import AnnData
+    from anndata.io import read_elem
+
+    group = zarr.open_group(Path(path).expanduser(), mode="r")
+    if group.attrs.get("encoding-type") != "anndata":
+        raise ValueError(f"{str(path)!r} holds no AnnData: write one by adata.write_zarr(path).")
+    names = ("obs", "var", "uns", "obsm", "varm", "obsp", "varp")
+    parts = {name: read_elem(group[name]) for name in names if name in group}
+    layers = {name: _opened(group["layers"][name]) for name in group.get("layers", ())}
+    adata = AnnData(_opened(group["X"]) if "X" in group else None, layers=layers, **parts)
+    layer = parts.get("uns", {}).get("exprgen", {}).get("layer", "")
+    if layer and layer not in layers and adata.obs.get("synthetic", False) is not False:
+        adata.layers[layer] = adata.X
+    return adata
+
+
+def _opened(element: zarr.Array | zarr.Group) -> Any:
+    from anndata.io import read_elem, sparse_dataset
+
+    kind = element.attrs.get("encoding-type", "array")
+    if kind in ("csr_matrix", "csc_matrix"):
+        return sparse_dataset(element)
+    return element if kind == "array" else read_elem(element)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Chunks as asked for, and no advice on what anndata's next version does."""
+    from anndata import settings
+
+    name = "auto_shard_zarr_v3"
+    chunks = settings.override(**{name: False}) if hasattr(settings, name) else nullcontext()
+    with chunks, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
