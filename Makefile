@@ -3,6 +3,7 @@
 #   make demo    real cells -> a trained model -> synthetic cells and figures in demo/
 #   make test    the test suite
 #   make lint    ruff (rules and format) and mypy
+#   make reliability    the tests of the fault catalogue, and docs/reliability_table.md from them
 #   make docs    the documentation, warnings as errors, no network
 #   make build   wheel and source archive in dist/
 #   make clean   remove what the targets above wrote, the environment included
@@ -25,7 +26,7 @@ PIP ?= $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 ARGS ?= --numprocesses 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs build clean
+.PHONY: demo test lint reliability docs build clean
 
 # One thread per process: the test suite already fills the cores, and sums do not depend on the
 # machine's number of them.
@@ -41,6 +42,9 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+reliability: $(VENV)/.ready-test
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest --reliability=docs/reliability_table.md $(ARGS)
 
 docs: $(VENV)/.ready-dev
 	@rm -rf docs/generated

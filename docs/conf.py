@@ -22,7 +22,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "_templates", "**.ipynb_checkpoints", "jupyter_execute"]
+exclude_patterns = [
+    "_build", "_templates", "**.ipynb_checkpoints", "jupyter_execute", "reliability_table.md",
+]  # fmt: skip
 templates_path = ["_templates"]
 default_role = "literal"
 

@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from the tests that ran: ``pytest --reliability PATH``.
+"""The table of docs/reliability.md, from the tests that ran: ``pytest --reliability=PATH``.
 
 The rows are those of ``data/fault_catalogue.csv``. A test belongs to the rows whose ids its name
 begins with, ``test_A16_A17_not_finite``; other tests are left out of the run. A row holds if it
@@ -63,7 +63,7 @@ def classes_of(test: str) -> set[str]:
 
 
 class Reliability:
-    """Collects what became of the tests of each row; writes it when the session ends."""
+    """Collects what became of the tests of each row; writes it when they have all run."""
 
     def __init__(self, path: Path, *, is_worker: bool) -> None:
         self.path, self.is_worker = path, is_worker
@@ -93,8 +93,9 @@ class Reliability:
         if report.when == "call":
             self.classes[test] = classes_of(test).union(dict(report.user_properties)["classes"])
 
-    def pytest_sessionfinish(self) -> None:
-        if not self.is_worker:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        ran = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        if ran and not self.is_worker:
             self.path.write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
