@@ -183,7 +183,8 @@ def stores_of(cells: Any) -> list[Path]:
         return stores_of(cells._adata_ref)
     matrices = (cells.X, *cells.layers.values())
     stores = (getattr(getattr(matrix, "group", matrix), "store", None) for matrix in matrices)
-    return [Path(store.root) for store in stores if hasattr(store, "root")]
+    roots = (getattr(store, "root", None) for store in stores)
+    return [Path(root) for root in roots if root is not None]
 
 
 _ROOTS = ("zarr.json", ".zgroup")
