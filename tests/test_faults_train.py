@@ -85,7 +85,8 @@ def train(model: Any, *callbacks: Callback, **kwargs: Any) -> None:
         sizes = {"max_epochs": N_EPOCHS, "batch_size": 30}
         kwargs["density_kwargs"] = sizes | kwargs.get("density_kwargs", {})
     kwargs = {"max_epochs": N_EPOCHS, "batch_size": 30, "progress_bar": False} | kwargs
-    model.train(trainer_kwargs={"callbacks": list(callbacks)}, **kwargs)
+    trainer_kwargs = {"callbacks": list(callbacks), **kwargs.pop("trainer_kwargs", {})}
+    model.train(trainer_kwargs=trainer_kwargs, **kwargs)
 
 
 @cache
@@ -536,6 +537,8 @@ def test_the_folder_is_one(model, tmp_path):
         train(model, checkpoint_dir=tmp_path / "file", resume=True)
     with refused(TypeError, "checkpoint_dir", "5"):
         train(model, checkpoint_dir=5)
+    with refused(ValueError, "checkpoint_dir", "''"):
+        train(model, checkpoint_dir="")
     with refused(TypeError, "resume", "'yes'"):
         train(model, checkpoint_dir=tmp_path, resume="yes")
     (tmp_path / "of others").write_text("theirs")
@@ -587,6 +590,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ({"train_size": 0.8}, ["split"]),
         ({"plan_kwargs": {"lr": 1e-3}}, ["plan_kwargs ({}, now {'lr': 0.001})"]),
         ({"early_stopping": False}, ["early_stopping (True, now False)"]),
+        ({"trainer_kwargs": {"early_stopping_min_delta": 0.1}}, ["trainer_kwargs"]),
+        ({"trainer_kwargs": {"val_check_interval": 0.5}}, ["trainer_kwargs"]),
     ],
 )
 def test_another_run_is_not_taken_up(model, folder, kwargs, names):

@@ -15,9 +15,9 @@ from anndata import AnnData
 from faults import (
     N_OBS,
     N_VARS,
+    OF_COUNTS,
     TINY,
     assert_same,
-    every_model,
     fit,
     latent_of,
     make_cells,
@@ -34,6 +34,7 @@ from exprgen.datasets import open_zarr
 from exprgen.train import BlockLoader, CellDataModule, CellDataset, Shuffle
 
 parametrize = pytest.mark.parametrize
+every_model = parametrize("model", OF_COUNTS, indirect=True, ids=lambda model: model.__name__)
 T0 = {"cell_type": "type_0", "dose": 1.0}
 TYPE = {"categorical_condition_keys": ["cell_type"]}
 
@@ -360,6 +361,8 @@ def test_cells_are_the_same_in_a_store(model, tmp_path):
     np.testing.assert_array_equal(
         in_memory.layers["counts"].toarray(), expected.layers["counts"].toarray()
     )
+    # What scanpy's compiled functions take: both of one type.
+    assert in_memory.X.indptr.dtype == in_memory.X.indices.dtype
     assert zarr.open_group(tmp_path / "cells.zarr").metadata.zarr_format == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.zarr"]
     # Stored once.
@@ -458,13 +461,70 @@ def test_a_failure_leaves_nothing_or_what_was_there(
     assert_same(open_zarr(path).to_memory(), before)
 
 
+@every_verb
+def test_the_store_that_is_read_is_not_replaced(verb, tmp_path):
+    path = tmp_path / "cells.zarr"
+    drawn = trained_on_all_roles(NBVAE).sample(n_obs=80, seed=0, backed=path)
+    before = drawn.to_memory()
+    model = fit(drawn, layer="counts", **TYPE)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place in (path, tmp_path / "link" / "cells.zarr"):
+        with refused(ValueError, place, "that this model reads"):
+            verb(model, place, overwrite=True)
+    other = trained_on_all_roles(NBVAE)
+    with refused(ValueError, path, "that this model reads"):
+        other.sample(drawn[:5], backed=path, overwrite=True)
+    with refused(ValueError, path, "that this model reads"):
+        other.predict(drawn, backed=path, overwrite=True)
+    assert_same(open_zarr(path).to_memory(), before)
+
+
+@parametrize("replaced", [False, True])
+def test_a_store_that_is_gone_is_an_error_and_not_0(model, replaced, tmp_path):
+    path = tmp_path / "cells.zarr"
+    cells = model.sample(n_obs=80, seed=0, backed=path)
+    other = fit(cells, layer="counts", **TYPE)
+    if replaced:
+        model.sample(n_obs=80, seed=1, backed=path, overwrite=True)
+    else:
+        path.rename(tmp_path / "elsewhere")
+    for run in (
+        lambda: other.log_likelihood(n_samples=2),
+        lambda: other.train(1, progress_bar=False),
+        cells.to_memory,
+    ):
+        with refused(OSError, path, "removed or replaced since it was opened"):
+            run()
+
+
+@every_verb
+@parametrize("name", ["cells.h5ad", "s3://cells/drawn.zarr", "cells.zarr.zip"])
+def test_what_is_no_store_by_its_name(model, verb, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refused(ValueError, "backed", name, "'cells.zarr'"):
+        verb(model, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_cells_in_a_store_is_in_memory(model, tmp_path):
+    cells = model.sample(T0, 5, seed=0, backed=tmp_path / "cells.zarr")
+    found = model.predict(cells, n_samples=5, seed=0, copy=True)
+    assert sparse.issparse(found.X)
+    assert "exprgen_mean" in found.layers
+    assert list(cells.layers) == ["counts"]
+
+
 def test_open_zarr_of_something_else(tmp_path):
     with refused(FileNotFoundError, "nothing.zarr"):
         open_zarr(tmp_path / "nothing.zarr")
+    with refused(TypeError, "path", "3"):
+        open_zarr(3)
     zarr.create_array(tmp_path / "array.zarr", shape=(3,), dtype="float32")
     zarr.open_group(tmp_path / "group.zarr", mode="w")
-    with refused(ValueError, "group.zarr", "no AnnData"):
-        open_zarr(tmp_path / "group.zarr")
+    (tmp_path / "cells.h5ad").write_text("")
+    for name in ("group.zarr", "array.zarr", "cells.h5ad"):
+        with refused(ValueError, name, "no AnnData", "backed='r'"):
+            open_zarr(tmp_path / name)
 
 
 # Predicting into a store -----------------------------------------------------------------------
@@ -489,7 +549,7 @@ def test_statistics_of_an_anndata_and_some_genes_in_a_store(model, tmp_path):
     cells = make_cells()[:, ::-1].copy()
     asked = {"n_samples": 10, "seed": 0, "of": "mean", "key_added": "mine"}
     found = model.predict(cells, backed=tmp_path / "a.zarr", **asked)
-    assert not [name for name in cells.layers if name != "counts"]
+    assert list(cells.layers) == ["counts", "log"]
     model.predict(cells, **asked)
     assert list(found.var_names) == list(model.var_names)
     for name in ("mine_mean", "mine_q95", "mine_std_donor"):

@@ -30,6 +30,7 @@ from scipy import sparse
 
 from exprgen._arguments import check_bool
 from exprgen._errors import name_some
+from exprgen._stores import stores_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,10 +41,13 @@ __all__ = ["check_key", "check_values", "quantile_name", "target", "write"]
 
 
 def target(adata: AnnData, copy: bool) -> AnnData:
-    """Choose what to write to: ``adata``, or a copy if asked for or if it is a view."""
+    """Choose what to write to: ``adata``, or a copy if asked for or if it is a view.
+
+    A copy is in memory.
+    """
     if not (check_bool(copy, "copy") or adata.is_view):
         return adata
-    return adata.to_memory() if adata.isbacked else adata.copy()
+    return adata.to_memory() if adata.isbacked or stores_of(adata) else adata.copy()
 
 
 def quantile_name(quantile: float) -> str:

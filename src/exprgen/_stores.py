@@ -20,12 +20,12 @@ from scipy import sparse
 from exprgen._random import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import zarr
     from anndata import AnnData
 
-__all__ = ["CellStore", "check_store", "new_store", "open_zarr"]
+__all__ = ["CellStore", "check_store", "new_store", "open_zarr", "stores_of"]
 
 # Of the parts of a sparse matrix, 512 KiB, so that neighbouring cells are read with few others.
 _CHUNK_VALUES = 2**17
@@ -44,6 +44,7 @@ class CellStore:
     def write(self, adata: AnnData) -> None:
         """Write all of an AnnData but its ``X`` and its layers."""
         self.flush()
+        self._narrow()
         for name in ("obs", "var"):
             self._write(name, getattr(adata, name))
         for name in ("obsm", "uns"):
@@ -74,6 +75,16 @@ class CellStore:
             with _quietly():
                 sparse_dataset(self.group["X"]).append(sparse.vstack(self._pending, "csr"))
             self._pending.clear()
+
+    def _narrow(self) -> None:
+        """Let pointers be of the type of the indices if they can: scanpy wants one for both."""
+        import zarr
+
+        x = self.group.get("X")
+        if isinstance(x, zarr.Group) and x["data"].shape[0] <= np.iinfo(np.int32).max:
+            attributes = x["indptr"].attrs.asdict()
+            x.create_array("indptr", data=x["indptr"][:].astype(np.int32), overwrite=True)
+            x["indptr"].attrs.update(attributes)
 
     def dense(self, name: str, shape: tuple[int, int]) -> zarr.Array:
         """A new matrix of float32, of blocks of 512 rows."""
@@ -111,18 +122,36 @@ def new_store(path: Path, *, overwrite: bool) -> Iterator[CellStore]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_store(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def check_store(
+    path: str | os.PathLike[str], *, overwrite: bool, reading: Iterable[Any] = ()
+) -> Path:
     """Where a store is to be written; ``~`` is the home folder.
+
+    Parameters
+    ----------
+    path
+        As the user gave it.
+    overwrite
+        Whether a zarr store that is there may be replaced.
+    reading
+        What is in use: of these the AnnData's own stores may not.
 
     Raises
     ------
     TypeError
         If it is no path.
+    ValueError
+        If it is the name of something else than a folder here, or a store that is being read.
     FileExistsError
         If something is there, unless it is a zarr store and may be replaced.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"backed must be a path, such as 'cells.zarr', or None; got {path!r}.")
+    if "://" in str(path) or Path(path).suffix in (".h5ad", ".h5", ".zip"):
+        raise ValueError(
+            f"backed={str(path)!r} is a zarr store to be written, a folder on this machine: give "
+            "a path such as 'cells.zarr'."
+        )
     place = Path(path).expanduser().absolute()
     if not os.path.lexists(place):
         return place
@@ -135,7 +164,27 @@ def check_store(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"backed={str(path)!r} exists and is no zarr store: overwrite=True replaces only "
             "those. Give another path."
         )
+    for root in (root for cells in reading for root in stores_of(cells)):
+        if place.resolve() in (root.resolve(), *root.resolve().parents):
+            raise ValueError(
+                f"backed={str(path)!r} is where the cells are that this model reads: overwrite="
+                "True would remove their counts. Give another path."
+            )
     return place
+
+
+def stores_of(cells: Any) -> list[Path]:
+    """The folders that matrices of an AnnData are read from; of anything else none."""
+    from anndata import AnnData
+
+    if not isinstance(cells, AnnData) or cells.isbacked:
+        return []
+    if cells.is_view:  # whose matrices would be read
+        return stores_of(cells._adata_ref)
+    matrices = (cells.X, *cells.layers.values())
+    stores = (getattr(getattr(matrix, "group", matrix), "store", None) for matrix in matrices)
+    roots = (getattr(store, "root", None) for store in stores)
+    return [Path(root) for root in roots if root is not None]
 
 
 _ROOTS = ("zarr.json", ".zgroup")
@@ -160,8 +209,12 @@ def open_zarr(path: str | os.PathLike[str]) -> AnnData:
 
     Raises
     ------
+    TypeError
+        If it is no path.
     FileNotFoundError
         If nothing is there.
+    OSError
+        Later, when matrices are read, if the store is no longer the one that was opened.
     ValueError
         If it is no AnnData.
     """
@@ -169,9 +222,20 @@ def open_zarr(path: str | os.PathLike[str]) -> AnnData:
     from anndata import AnnData
     from anndata.io import read_elem
 
-    group = zarr.open_group(Path(path).expanduser(), mode="r")
-    if group.attrs.get("encoding-type") != "anndata":
-        raise ValueError(f"{str(path)!r} holds no AnnData: write one by adata.write_zarr(path).")
+    from exprgen._open_store import OpenStore
+
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path, such as 'cells.zarr', got {path!r}.")
+    place = Path(path).expanduser().absolute()
+    if not place.exists():
+        raise FileNotFoundError(f"There is no zarr store {place}.")
+    is_store = any((place / name).is_file() for name in _ROOTS)
+    group = zarr.open(OpenStore(place), mode="r") if is_store else None
+    if group is None or group.attrs.get("encoding-type") != "anndata":
+        raise ValueError(
+            f"{str(path)!r} holds no AnnData as zarr: write one by adata.write_zarr(path). An "
+            "h5ad is opened by anndata.read_h5ad(path, backed='r')."
+        )
     names = ("obs", "var", "uns", "obsm", "varm", "obsp", "varp")
     parts = {name: read_elem(group[name]) for name in names if name in group}
     layers = {name: _opened(group["layers"][name]) for name in group.get("layers", ())}

@@ -118,7 +118,10 @@ class GenerateMixin(ModelCore):
         self._check_trained()
         _arguments.check_positive_int(n_obs, "n_obs", minimum=0)
         _arguments.check_bool(overwrite, "overwrite")
-        place = None if backed is None else check_store(backed, overwrite=overwrite)
+        place = None
+        if backed is not None:
+            read = self._readable(self.adata), self._readable(conditions)
+            place = check_store(backed, overwrite=overwrite, reading=read)
         self._check_has_depth(library=library, default="sampled")
         self._check_has_depth(log_fold_change=log_fold_change)
         seed = resolve_seed(seed)

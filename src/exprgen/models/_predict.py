@@ -164,7 +164,9 @@ class PredictMixin(ModelCore):
         selected = None if genes is None else _arguments.check_genes(genes, self.var_names)
         place = None
         if backed is not None:
-            place = check_store(backed, overwrite=_arguments.check_bool(overwrite, "overwrite"))
+            _arguments.check_bool(overwrite, "overwrite")
+            read = self._readable(self.adata), self._readable(conditions)
+            place = check_store(backed, overwrite=overwrite, reading=read)
             _slots.check_key(key_added)
             if copy:
                 raise ValueError("copy=True is of no use with backed, which writes to no AnnData.")

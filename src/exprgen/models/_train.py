@@ -168,6 +168,8 @@ class TrainMixin(ResumeMixin):
             _arguments.check_bool(flag, name)
         if not isinstance(checkpoint_dir, str | os.PathLike | None):
             raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}.")
+        if checkpoint_dir == "":
+            raise ValueError("checkpoint_dir must be a path or None, got ''.")
         if resume and checkpoint_dir is None:
             raise ValueError("resume=True needs checkpoint_dir, the folder of the checkpoint.")
         check_accelerator(accelerator)

@@ -59,9 +59,14 @@ _WITHOUT_EPOCHS = {
 # Of the trainer's settings those that change what is learned.
 _OF_TRAINING = (
     "accumulate_grad_batches",
+    "early_stopping_min_delta",
+    "early_stopping_mode",
+    "early_stopping_warmup_epochs",
     "gradient_clip_algorithm",
     "gradient_clip_val",
     "precision",
+    "reload_dataloaders_every_n_epochs",
+    "val_check_interval",
 )
 
 _HOMES = {
