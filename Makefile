@@ -47,7 +47,7 @@ reliability: $(VENV)/.ready-test
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest --reliability=docs/reliability_table.md $(ARGS)
 
 docs: $(VENV)/.ready-dev
-	@rm -rf docs/generated
+	@rm -rf docs/generated docs/tutorials
 	$(ONE_THREAD) $(VENV)/bin/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -55,7 +55,7 @@ build: $(VENV)/.ready-dev
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) demo dist docs/_build docs/generated
+	rm -rf $(VENV) demo dist docs/_build docs/generated docs/tutorials
 
 # The environment. A stamp is written only when its step has succeeded, so a broken set-up is
 # taken up again by the next call. PyTorch comes first, by itself: whatever TORCH chose, the

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -67,7 +69,14 @@ html_css_files = ["exprgen.css"]
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", _with_tutorials)
     app.connect("autodoc-process-docstring", _as_sentences, priority=400)
+
+
+def _with_tutorials(app: Sphinx) -> None:
+    """Bring the notebooks to where Sphinx looks for pages; they are committed executed."""
+    docs = Path(app.srcdir)
+    shutil.copytree(docs.parent / "tutorials", docs / "tutorials", dirs_exist_ok=True)
 
 
 def _as_sentences(
