@@ -48,7 +48,7 @@ def small_windows(monkeypatch):
     """A file of 90 cells is then read in blocks of 8, 4 of which are shuffled together."""
     monkeypatch.setattr("exprgen.train._blocks.BLOCK", 8)
     monkeypatch.setattr("exprgen.train._blocks.WINDOW", 32)
-    monkeypatch.setattr("exprgen.models._train.WINDOW", 32)
+    monkeypatch.setattr("exprgen.models._training_cells.WINDOW", 32)
 
 
 def stored(matrix: Any, path: Any, kind: str, obs: pd.DataFrame | None = None) -> AnnData:
@@ -227,7 +227,7 @@ def trained_split(cells: AnnData) -> np.ndarray:
 
 
 def test_training_from_a_file_learns_what_training_in_memory_does(tmp_path, monkeypatch):
-    for name in ("train._blocks", "models._train"):
+    for name in ("train._blocks", "models._training_cells"):
         monkeypatch.setattr(f"exprgen.{name}.WINDOW", 128)
     monkeypatch.setattr("exprgen.train._blocks.BLOCK", 16)
     cells = make_cells(600)
@@ -576,6 +576,6 @@ def test_memory_of_training_does_not_grow_with_genes_of_all_cells(tmp_path, monk
 
     train(1200)  # what is imported and cached at first
     in_memory = growth()  # so many cells are few, and read into memory
-    monkeypatch.setattr("exprgen.models._train.WINDOW", 256)
+    monkeypatch.setattr("exprgen.models._training_cells.WINDOW", 256)
     # The counts of a cell are 2.8 kB.
     assert growth() < 1200 * 500 < 1200 * 2500 < in_memory
