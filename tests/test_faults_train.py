@@ -380,6 +380,23 @@ class TestKilled:
         train(model, checkpoint_dir=tmp_path, resume=True)
         assert_as_uninterrupted(model)
 
+    @parametrize(("epoch", "batch"), [(0, 2), (1, 0), (2, 1)])
+    @pytest.mark.usefixtures("small_windows")
+    def test_B07_kill_9_while_reading_a_store(self, tmp_path, epoch, batch):
+        write_zarr(make_cells(), tmp_path / "cells.zarr")
+        killed, model, expected = (
+            untrained(NBVAE, open_zarr(tmp_path / "cells.zarr")) for _ in range(3)
+        )
+        train(expected)
+        assert expected._fingerprint() != uninterrupted(NBVAE)._fingerprint()  # read in windows
+        folder = tmp_path / "checkpoint"
+        at = At(epoch, die, batch=batch)
+        assert in_child(lambda: train(killed, at, checkpoint_dir=folder)) == -signal.SIGKILL
+        train(model, checkpoint_dir=folder, resume=True)
+        assert model._fingerprint() == expected._fingerprint()
+        for name, values in expected.history.items():
+            assert_same(model.history[name], values)
+
     @parametrize("share", [0.0, 0.5, 0.99])
     def test_B08_kill_9_inside_the_write(self, tmp_path, share):
         resource = pytest.importorskip("resource")
@@ -824,10 +841,8 @@ class TestProcesses:
         seen = trained_by_two(model_class, tmp_path, checkpoint_dir=folder, resume=True)[1]
         assert seen["sizes"] == []
 
-    def test_B18_from_a_file(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("exprgen.train._blocks.BLOCK", 8)
-        monkeypatch.setattr("exprgen.train._blocks.WINDOW", 32)
-        monkeypatch.setattr("exprgen.models._training_cells.WINDOW", 32)
+    @pytest.mark.usefixtures("small_windows")
+    def test_B18_from_a_file(self, tmp_path):
         write_zarr(make_cells(), tmp_path / "cells.zarr")
         first, second = trained_by_two(NBVAE, tmp_path, open_zarr(tmp_path / "cells.zarr"))
         assert_alike(first, second)
