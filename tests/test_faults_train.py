@@ -884,7 +884,7 @@ import faults, test_faults_train as tests
 
 folder = Path(sys.argv[1])
 model = tests.untrained(tests.NBVAE)
-tests.train(model, **tests.DDP)
+tests.train(model, **tests.DDP, checkpoint_dir=folder / "run")
 (folder / f"{model.trainer.global_rank}.json").write_text(json.dumps(tests.said_of(model)))
 """
 
@@ -902,7 +902,7 @@ def test_B18_a_script(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert_alike(first, second)
     assert first["steps"] == N_EPOCHS * N_BATCHES
-    assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0.json", "1.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0.json", "1.json", "run"}
 
 
 @every_model

@@ -15,9 +15,9 @@ from anndata import AnnData
 from faults import (
     N_OBS,
     N_VARS,
+    OF_COUNTS,
     TINY,
     assert_same,
-    every_model,
     fit,
     latent_of,
     make_cells,
@@ -34,6 +34,7 @@ from exprgen.datasets import open_zarr
 from exprgen.train import BlockLoader, CellDataModule, CellDataset, SharedBatches, Shuffle
 
 parametrize = pytest.mark.parametrize
+every_model = parametrize("model", OF_COUNTS, indirect=True, ids=lambda model: model.__name__)
 T0 = {"cell_type": "type_0", "dose": 1.0}
 TYPE = {"categorical_condition_keys": ["cell_type"]}
 
@@ -503,7 +504,7 @@ def test_statistics_of_an_anndata_and_some_genes_in_a_store(model, tmp_path):
     cells = make_cells()[:, ::-1].copy()
     asked = {"n_samples": 10, "seed": 0, "of": "mean", "key_added": "mine"}
     found = model.predict(cells, backed=tmp_path / "a.zarr", **asked)
-    assert not [name for name in cells.layers if name != "counts"]
+    assert set(cells.layers) == {"counts", "log"}
     model.predict(cells, **asked)
     assert list(found.var_names) == list(model.var_names)
     for name in ("mine_mean", "mine_q95", "mine_std_donor"):

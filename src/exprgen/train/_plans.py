@@ -156,7 +156,7 @@ class StagePlan(TrainingPlan):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The terms of a validation batch, with noise fixed by the batch number."""
-        noise = generator(self.seed, batch_idx * self.trainer.world_size + self.global_rank)
+        noise = generator(self.seed, batch_idx * self._n_ranks + self.global_rank)
         with self.averaged():
             _, sums = self.step(batch, noise)
         self._add("validation", batch, sums)
@@ -187,8 +187,12 @@ class StagePlan(TrainingPlan):
         """What follows is the same in all processes."""
         self._part_streams()
 
+    @property
+    def _n_ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
     def _part_streams(self, *key: int) -> None:
-        if self.trainer.world_size > 1:
+        if self._n_ranks > 1:
             torch.manual_seed(generator(self.seed, *key).initial_seed())
 
     def on_train_epoch_end(self) -> None:
