@@ -61,6 +61,14 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 90 cells is then read in blocks of 8, 4 of which are shuffled together."""
+    monkeypatch.setattr("exprgen.train._blocks.BLOCK", 8)
+    monkeypatch.setattr("exprgen.train._blocks.WINDOW", 32)
+    monkeypatch.setattr("exprgen.models._training_cells.WINDOW", 32)
+
+
 @pytest.fixture(scope="session")
 def _pbmc_once() -> AnnData:
     from exprgen.datasets import pbmc68k_reduced

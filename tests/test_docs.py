@@ -34,7 +34,7 @@ def _pages() -> list[Path]:
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("exprgen.models._train.default_max_epochs", lambda n_train: 2)
-    monkeypatch.setattr("exprgen.models._train.default_density_epochs", lambda *sizes: 2)
+    monkeypatch.setattr("exprgen.models._stages.default_density_epochs", lambda *sizes: 2)
     names = {"__name__": "__main__"}
     try:
         with warnings.catch_warnings():

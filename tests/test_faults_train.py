@@ -1,17 +1,21 @@
 """The fault catalogue, rows B01 to B20: what stops training, and how it is taken up again.
 
 A test per row, by its id, over the models it applies to; ``test_train.py`` has what training
-does. Not here: B18, several processes as one run. There is no B20: cells are read in the process
-that trains, so that no worker can die.
+does. There is no B20: cells are read in the process that trains, so that no worker can die.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,6 +38,7 @@ from faults import (
     trained_on_all_roles,
     untouched,
     warned,
+    write_zarr,
 )
 from lightning.pytorch import Callback
 from scipy import sparse
@@ -48,6 +53,7 @@ from exprgen._errors import (
     UntrustedFileError,
 )
 from exprgen._manifest import checksum, describe
+from exprgen.datasets import open_zarr
 from exprgen.train import TrainingCheckpoint, _checkpoint
 
 parametrize = pytest.mark.parametrize
@@ -71,10 +77,10 @@ def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checkpoint, "_MOST_OF_TIME", 1e9)
 
 
-def untrained(model_class: type[NBVAE]) -> Any:
+def untrained(model_class: type[NBVAE], cells: AnnData | None = None) -> Any:
     """Set up and built as the trained model that other tests have, with seed 0."""
     like = trained_on_all_roles(model_class)
-    cells = like.adata.copy()
+    cells = like.adata.copy() if cells is None else cells
     model_class.setup_anndata(cells, **like.registry_["setup_args"])
     return model_class(cells, **like.init_params_["non_kwargs"] | {"seed": 0})
 
@@ -139,18 +145,27 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def in_children(*actions: Callable[[], object]) -> list[int]:
+    """How forked processes end: 0, 1 if one raises, or minus the signal that killed it."""
+    children = []
+    for action in actions:
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    action()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(1)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def in_child(action: Callable[[], object]) -> int:
-    """How a forked process ends: 0, 1 if it raises, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                action()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_children(action)[0]
 
 
 # What is trained, and what is refused ----------------------------------------------------------
@@ -366,6 +381,23 @@ class TestKilled:
         train(model, checkpoint_dir=tmp_path, resume=True)
         assert_as_uninterrupted(model)
 
+    @parametrize(("epoch", "batch"), [(0, 2), (1, 0), (2, 1)])
+    @pytest.mark.usefixtures("small_windows")
+    def test_B07_kill_9_while_reading_a_store(self, tmp_path, epoch, batch):
+        write_zarr(make_cells(), tmp_path / "cells.zarr")
+        killed, model, expected = (
+            untrained(NBVAE, open_zarr(tmp_path / "cells.zarr")) for _ in range(3)
+        )
+        train(expected)
+        assert expected._fingerprint() != uninterrupted(NBVAE)._fingerprint()  # read in windows
+        folder = tmp_path / "checkpoint"
+        at = At(epoch, die, batch=batch)
+        assert in_child(lambda: train(killed, at, checkpoint_dir=folder)) == -signal.SIGKILL
+        train(model, checkpoint_dir=folder, resume=True)
+        assert model._fingerprint() == expected._fingerprint()
+        for name, values in expected.history.items():
+            assert_same(model.history[name], values)
+
     @parametrize("share", [0.0, 0.5, 0.99])
     def test_B08_kill_9_inside_the_write(self, tmp_path, share):
         resource = pytest.importorskip("resource")
@@ -430,19 +462,14 @@ class TestKilled:
     def test_L01_two_processes_that_share_a_logging_folder(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(settings, "_logging_dir", tmp_path)
-        children = []
-        for _ in range(2):
+        uninterrupted(NBVAE)
+
+        def action() -> None:
             model = untrained(NBVAE)
-            children.append(os.fork())
-            if children[-1] == 0:
-                code = 1
-                try:
-                    train(model)
-                    assert_as_uninterrupted(model)
-                    code = 0
-                finally:
-                    os._exit(code)
-        assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0, 0]
+            train(model)
+            assert_as_uninterrupted(model)
+
+        assert in_children(action, action) == [0, 0]
         assert not list(tmp_path.rglob("*.*"))
 
 
@@ -653,8 +680,6 @@ def test_a_checkpoint_is_no_model(folder, tmp_path):
 
 def _mend(folder: Path) -> None:
     """Let the manifest say what the file is."""
-    import json
-
     place = folder / "checkpoint_manifest.json"
     manifest = json.loads(place.read_text())
     manifest["files"]["checkpoint_model.pt"] = describe(folder / "checkpoint_model.pt")
@@ -701,3 +726,208 @@ def test_checkpoints_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
             checkpoint.save_checkpoint({})
             n_written += 1
     assert n_written == 10
+
+
+# Several processes as one ----------------------------------------------------------------------
+
+DDP = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+
+
+def in_processes(action: Callable[[int], object]) -> list[int]:
+    """How two processes end, forked with what those of one run know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def process(rank: int) -> Callable[[], None]:
+        def run() -> None:
+            signal.alarm(100)  # rather than wait for one another for ever
+            os.environ.update(place, LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
+            action(rank)
+
+        return run
+
+    return in_children(process(0), process(1))
+
+
+class Seen(Callback):
+    """The depths of the cells that the first epoch shows, and how many each step does."""
+
+    def __init__(self) -> None:
+        self.depths, self.sizes = [], []
+
+    def on_train_batch_end(self, trainer: Any, plan: Any, output: Any, batch: Any, i: int) -> None:
+        self.sizes.append(len(next(iter(batch.values()))))
+        if trainer.current_epoch == 0 and "library" in batch:
+            self.depths += batch["library"].tolist()
+
+
+def said_of(model: Any) -> dict[str, Any]:
+    """What two processes must agree on, for JSON."""
+    return {
+        "weights": model._fingerprint(),
+        "history": {name: table.iloc[:, 0].tolist() for name, table in model.history.items()},
+        "steps": model.trainer.global_step if hasattr(model, "trainer") else 0,
+        "cells": [model.train_indices.tolist(), model.validation_indices.tolist()],
+        "drawn": float(model.sample(T0, 20, seed=0).X.sum()),
+        "training": model.module.training,
+    }
+
+
+def trained_by_two(
+    model_class: type[NBVAE], folder: Path, cells: AnnData | None = None, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """What each of two processes says after training, and what it has seen."""
+
+    def action(rank: int) -> None:
+        model, seen = untrained(model_class, cells), Seen()
+        train(model, seen, **DDP, **kwargs)
+        found = said_of(model) | {"depths": seen.depths, "sizes": seen.sizes}
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+    assert in_processes(action) == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """In all but the cells that each has seen."""
+    own = {"depths", "sizes"}
+    assert {k: v for k, v in first.items() if k not in own} == {
+        k: v for k, v in second.items() if k not in own
+    }
+
+
+class TestProcesses:
+    pytestmark = forks
+
+    @every_model
+    def test_B18_two_processes(self, model, tmp_path):
+        folder, alone = tmp_path / "checkpoint", uninterrupted(type(model))
+        first, second = trained_by_two(type(model), tmp_path, checkpoint_dir=folder)
+        assert_alike(first, second)
+        assert {path.name for path in folder.iterdir()} == {
+            "checkpoint_manifest.json",
+            "checkpoint_model.pt",
+        }
+        # As many steps of as many cells as one process takes, and every cell once.
+        assert first["steps"] == alone.trainer.global_step == N_EPOCHS * N_BATCHES
+        sizes = np.add(first["sizes"], second["sizes"])
+        assert set(sizes.reshape(-1, N_BATCHES).sum(1)) == {len(alone.train_indices)}
+        assert set(sizes) == {30, len(alone.train_indices) % 30}
+        depths = alone._cells(None).library[alone.train_indices]
+        np.testing.assert_allclose(
+            np.sort(first["depths"] + second["depths"]), np.sort(depths), rtol=1e-6
+        )
+        np.testing.assert_array_equal(first["cells"][0], alone.train_indices)
+        assert list(first["history"]) == list(alone.history)
+        # Another order and other noise, of the same cells and weights at the start.
+        found, expected = first["history"]["elbo_validation"], alone.history["elbo_validation"]
+        np.testing.assert_allclose(found, expected.iloc[:, 0].to_numpy(float), rtol=0.1)
+
+    @parametrize(
+        ("model_class", "stage", "rank"),
+        [(NBVAE, "autoencoder", 0), (ExprFlow, "autoencoder", 1), (ExprFlow, "density", 0)],
+    )
+    def test_B18_killed_and_taken_up(self, tmp_path, model_class, stage, rank):
+        expected = trained_by_two(model_class, tmp_path)[0]
+        folder = tmp_path / "checkpoint"
+
+        def killed(own: int) -> None:
+            at = [At(1, die, stage=stage)] if own == rank else []
+            train(untrained(model_class), *at, **DDP, checkpoint_dir=folder)
+
+        ended = in_processes(killed)
+        assert ended.pop(rank) == -signal.SIGKILL
+        assert ended == [1]  # the other does not wait
+        again = trained_by_two(model_class, tmp_path, checkpoint_dir=folder, resume=True)
+        assert_alike(again[0], expected)
+        assert_alike(*again)
+        # Finished: nothing is left to do.
+        seen = trained_by_two(model_class, tmp_path, checkpoint_dir=folder, resume=True)[1]
+        assert seen["sizes"] == []
+
+    @pytest.mark.usefixtures("small_windows")
+    def test_B18_from_a_file(self, tmp_path):
+        write_zarr(make_cells(), tmp_path / "cells.zarr")
+        first, second = trained_by_two(NBVAE, tmp_path, open_zarr(tmp_path / "cells.zarr"))
+        assert_alike(first, second)
+        assert first["steps"] == N_EPOCHS * N_BATCHES
+        depths = untrained(NBVAE)._cells(None).library[first["cells"][0]]
+        np.testing.assert_allclose(  # of an odd number one comes twice
+            np.unique(first["depths"] + second["depths"]), np.unique(depths), rtol=1e-6
+        )
+
+    def test_B18_processes_that_differ(self, tmp_path):
+        models = [_built(make_cells(), seed=seed) for seed in (3, 4)]
+
+        def action(rank: int) -> None:
+            with refused(ValueError, "2 processes", "seed (3 and 4)", "split", "NBVAE(adata, "):
+                train(models[rank], **DDP, checkpoint_dir=tmp_path)
+
+        assert in_processes(action) == [0, 0]
+        assert not list(tmp_path.iterdir())
+
+    def test_B18_one_of_two_diverges(self):
+        def action(rank: int) -> None:
+            model = untrained(NBVAE)
+            at = [At(1, spoil(model), batch=0)] if rank else []
+            with refused(TrainingDivergedError, "epoch 1, step 4", "last finite"):
+                train(model, *at, **DDP)
+            if not all(torch.isfinite(p).all() for p in model.module.parameters()):
+                raise RuntimeError
+
+        assert in_processes(action) == [0, 0]
+
+
+SCRIPT = """
+import json, os, sys, warnings
+from pathlib import Path
+
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+import faults, test_faults_train as tests
+
+folder = Path(sys.argv[1])
+model = tests.untrained(tests.NBVAE)
+tests.train(model, **tests.DDP, checkpoint_dir=folder / "run")
+(folder / f"{model.trainer.global_rank}.json").write_text(json.dumps(tests.said_of(model)))
+"""
+
+
+def test_B18_a_script(tmp_path):
+    """It is run again for the second process, by training."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, tmp_path / "script.py", tmp_path],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, timeout=240,
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert_alike(first, second)
+    assert first["steps"] == N_EPOCHS * N_BATCHES
+    assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0.json", "1.json", "run"}
+
+
+@every_model
+def test_B18_ddp_of_one_process(model):
+    train(model, **DDP | {"devices": 1})
+    assert_as_uninterrupted(model)
+
+
+@parametrize("strategy", ["ddpp", "ddp_spawn", "fsdp", None, 2])
+def test_B18_no_such_strategy(model, strategy):
+    with refused(ValueError, "strategy must be 'auto' or 'ddp'", strategy, of=model.adata):
+        model.train(strategy=strategy)
+    with refused(TypeError, "strategy=", "trainer_kwargs['strategy']", of=model.adata):
+        model.train(trainer_kwargs={"strategy": strategy})
+
+
+@parametrize("strategy", ["auto", "ddp"])
+def test_B18_not_in_a_notebook(model, strategy, monkeypatch):
+    connector = "lightning.pytorch.trainer.connectors.accelerator_connector"
+    monkeypatch.setattr(f"{connector}._IS_INTERACTIVE", True)
+    with refused(ValueError, "devices", "file", of=model.adata):
+        train(model, **DDP | {"strategy": strategy})
+    assert not model.is_trained_

@@ -104,7 +104,7 @@ class Spoil(Callback):
 
 
 def test_the_best_validated_weights_are_kept_where_some_epochs_are_validated(monkeypatch):
-    monkeypatch.setattr("exprgen.models._train._N_VALIDATIONS", 4)
+    monkeypatch.setattr("exprgen.models._stages._N_VALIDATIONS", 4)
     model, recorder = _untrained(), Recorder()
     model.train(
         1,
@@ -282,7 +282,7 @@ def test_stopped_in_the_second_stage_a_model_can_be_used_once_validated(monkeypa
     assert not model.module.training
     assert _answers(model)
     assert len(model.train_indices) == model.conditions["n_train"].sum() == N_OBS * 0.9
-    monkeypatch.setattr("exprgen.models._train._N_VALIDATIONS", 1)
+    monkeypatch.setattr("exprgen.models._stages._N_VALIDATIONS", 1)
     for epoch in (0, 2):
         model = _untrained()
         _stopped(model, DensityTrainingPlan, epoch)

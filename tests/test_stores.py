@@ -31,7 +31,7 @@ from exprgen import NBVAE, CondVAE, ExprFlow, HybridResidualModel, tl
 from exprgen._matrix import Reader, as_reader
 from exprgen._stores import CellStore
 from exprgen.datasets import open_zarr
-from exprgen.train import BlockLoader, CellDataModule, CellDataset, Shuffle
+from exprgen.train import BlockLoader, CellDataModule, CellDataset, SharedBatches, Shuffle
 
 parametrize = pytest.mark.parametrize
 every_model = parametrize("model", OF_COUNTS, indirect=True, ids=lambda model: model.__name__)
@@ -42,14 +42,6 @@ TYPE = {"categorical_condition_keys": ["cell_type"]}
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> Any:
     return trained_on_all_roles(getattr(request, "param", NBVAE))
-
-
-@pytest.fixture
-def small_windows(monkeypatch):
-    """A file of 90 cells is then read in blocks of 8, 4 of which are shuffled together."""
-    monkeypatch.setattr("exprgen.train._blocks.BLOCK", 8)
-    monkeypatch.setattr("exprgen.train._blocks.WINDOW", 32)
-    monkeypatch.setattr("exprgen.models._train.WINDOW", 32)
 
 
 def stored(matrix: Any, path: Any, kind: str, obs: pd.DataFrame | None = None) -> AnnData:
@@ -93,6 +85,28 @@ def test_batches_mix_cells_of_many_places():
     assert np.mean(np.diff(place) > 0) == pytest.approx(0.5, abs=0.01)
     # Places in the file and in the epoch are unrelated beyond the 200 blocks.
     assert abs(np.corrcoef(np.arange(len(place)), place)[0, 1]) < 4 / np.sqrt(200)
+
+
+@parametrize(("n_ranks", "n_rows"), [(2, 300), (3, 301), (4, 257), (2, 1)])
+def test_ranks_share_every_batch_of_cells_in_memory(n_ranks, n_rows):
+    rows = np.arange(5, 5 + n_rows)
+    for seed in (None, 0):
+        alone = SharedBatches(rows, 64, 0, 1, seed)
+        ranks = [SharedBatches(rows, 64, rank, n_ranks, seed) for rank in range(n_ranks)]
+        order = []
+        for epoch in (0, 1):
+            for sampler in (alone, *ranks):
+                sampler.set_epoch(epoch)
+            for batch, *parts in zip(alone, *ranks, strict=True):
+                assert len({part.tobytes() for part in parts}) == min(n_ranks, len(batch))
+                assert np.ptp([len(part) for part in parts]) <= 1
+                np.testing.assert_array_equal(np.unique(np.concatenate(parts)), np.sort(batch))
+            order.append(np.concatenate(list(alone)))
+            np.testing.assert_array_equal(np.sort(order[-1]), rows)
+        assert len(alone) == len(ranks[0]) == -(-n_rows // 64)
+        # The order is a function of the seed and the epoch, or that of the rows.
+        if n_rows > 1:
+            assert (order[0] == order[1]).all() == (order[0] == rows).all() == (seed is None)
 
 
 @parametrize("n_ranks", [2, 3])
@@ -228,7 +242,7 @@ def trained_split(cells: AnnData) -> np.ndarray:
 
 
 def test_training_from_a_file_learns_what_training_in_memory_does(tmp_path, monkeypatch):
-    for name in ("train._blocks", "models._train"):
+    for name in ("train._blocks", "models._training_cells"):
         monkeypatch.setattr(f"exprgen.{name}.WINDOW", 128)
     monkeypatch.setattr("exprgen.train._blocks.BLOCK", 16)
     cells = make_cells(600)
@@ -636,6 +650,6 @@ def test_memory_of_training_does_not_grow_with_genes_of_all_cells(tmp_path, monk
 
     train(1200)  # what is imported and cached at first
     in_memory = growth()  # so many cells are few, and read into memory
-    monkeypatch.setattr("exprgen.models._train.WINDOW", 256)
+    monkeypatch.setattr("exprgen.models._training_cells.WINDOW", 256)
     # The counts of a cell are 2.8 kB.
     assert growth() < 1200 * 500 < 1200 * 2500 < in_memory

@@ -22,6 +22,8 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+            # What is logged is over all processes already.
+            warnings.filterwarnings("ignore", "It is recommended to use `self.log")
             yield
     finally:
         rank_zero.setLevel(level)

@@ -2,65 +2,43 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
-from scvi.train import TrainRunner
 
 from exprgen import _arguments
-from exprgen._errors import closest
 from exprgen._quiet import quiet_lightning
 from exprgen._random import isolated
-from exprgen.models._cells import cell_keys, split_labels
-from exprgen.models._fields import check_unchanged
-from exprgen.models._mudata import own_name
-from exprgen.models._resume import ResumeMixin
+from exprgen.models._stages import StagesMixin
 from exprgen.models._train_arguments import (
     check_accelerator,
+    check_strategy,
     checked_trainer,
     checked_words,
     known_words,
     said_of_trainer,
 )
+from exprgen.models._training_cells import TrainingCellsMixin
 from exprgen.train import (
     FINISHED,
-    WINDOW,
     CellDataModule,
-    CellDataset,
-    DensityTrainingPlan,
     EncodedDataset,
     GenerativeTrainingPlan,
-    KeepBestWeights,
-    KeepState,
+    SameRun,
     TrainingCheckpoint,
     check_plan,
     data_moments,
     default_batch_size,
-    default_density_epochs,
     default_max_epochs,
     digest_rows,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lightning.pytorch import Callback
-
-    from exprgen.train import StagePlan
-
 __all__ = ["TrainMixin"]
 
-logger = logging.getLogger("exprgen")
 
-# Of the second stage: it is noisy, and costs as much as the steps of its short epochs.
-_N_VALIDATIONS = 40
-
-
-class TrainMixin(ResumeMixin):
+class TrainMixin(TrainingCellsMixin, StagesMixin):
     """Training of a :class:`~exprgen.models.GenerativeModel`."""
 
     @known_words
@@ -76,6 +54,7 @@ class TrainMixin(ResumeMixin):
         early_stopping_patience: int | None = None,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
+        strategy: Literal["auto", "ddp"] = "auto",
         progress_bar: bool = True,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
@@ -101,7 +80,8 @@ class TrainMixin(ResumeMixin):
             Length of the run, over which the learning rate rises and falls; ``None`` is what 750
             steps take, 40 at 10,000 cells and fewer beyond.
         batch_size
-            Cells per step; ``None`` is 128, or less where an epoch would have under eight steps.
+            Cells per step, of all devices together; ``None`` is 128, or less where an epoch would
+            have under eight steps.
         train_size, validation_size
             Shares of the cells, drawn at random; ``validation_size=None`` is the rest. Cells in
             neither are not used.
@@ -114,7 +94,11 @@ class TrainMixin(ResumeMixin):
             Epochs to wait for an improvement; ``None`` is the whole run, for what the fall of the
             learning rate gains comes last, and the best weights are kept however long it is.
         accelerator, devices
-            As Lightning takes them.
+            As Lightning takes them; ``"auto"`` is one device.
+        strategy
+            How several ``devices`` are used, which are one process each: ``"ddp"``, distributed
+            data parallel, runs the script again in every process, and each has its part of every
+            batch. ``"auto"`` is the same.
         progress_bar
             Whether to show one.
         checkpoint_dir
@@ -137,7 +121,8 @@ class TrainMixin(ResumeMixin):
         Raises
         ------
         TypeError, ValueError
-            If an argument cannot be used; nothing has been trained then.
+            If an argument cannot be used, or several processes are not about to do the same;
+            nothing has been trained then.
         CovariateError
             If the conditions were edited since setup.
         TrainingDivergedError
@@ -173,6 +158,7 @@ class TrainMixin(ResumeMixin):
         if resume and checkpoint_dir is None:
             raise ValueError("resume=True needs checkpoint_dir, the folder of the checkpoint.")
         check_accelerator(accelerator)
+        check_strategy(strategy)
         plan_kwargs = checked_words(plan_kwargs, "plan_kwargs", GenerativeTrainingPlan)
         check_plan(**plan_kwargs)
         taken_over = self.autoencoder_taken_over_
@@ -216,22 +202,22 @@ class TrainMixin(ResumeMixin):
         if max_epochs == 0:
             return
         batch_size = batch_size or default_batch_size(len(train_idx))
+        run = {
+            **self._said(),
+            "max_epochs": max_epochs,
+            "batch_size": batch_size,
+            "early_stopping": early_stopping,
+            "early_stopping_patience": early_stopping_patience,
+            "plan_kwargs": plan_kwargs,
+            "density_kwargs": density_kwargs,
+            "trainer_kwargs": said_of_trainer(trainer_kwargs),
+            "cells": digest_rows(keys),
+            "conditions": digest_rows(dataset.conditions),
+            "library": digest_rows(dataset.library.numpy()),
+            "split": [digest_rows(rows) for rows in (train_idx, val_idx)],
+        }
         checkpoint = None
         if checkpoint_dir is not None:
-            run = {
-                **self._said(),
-                "max_epochs": max_epochs,
-                "batch_size": batch_size,
-                "early_stopping": early_stopping,
-                "early_stopping_patience": early_stopping_patience,
-                "plan_kwargs": plan_kwargs,
-                "density_kwargs": density_kwargs,
-                "trainer_kwargs": said_of_trainer(trainer_kwargs),
-                "cells": digest_rows(keys),
-                "conditions": digest_rows(dataset.conditions),
-                "library": digest_rows(dataset.library.numpy()),
-                "split": [digest_rows(rows) for rows in (train_idx, val_idx)],
-            }
             checkpoint = TrainingCheckpoint(checkpoint_dir, run, resume=resume)
         with self._returns_if_stopped(), self._all_or_nothing():
             fitted = self._fitted_rows(train_idx, val_idx)
@@ -239,7 +225,8 @@ class TrainMixin(ResumeMixin):
                 dataset = self._with_training_means(dataset, fitted, val_idx)
             stage = None if checkpoint is None else self._take_up(checkpoint, dataset)
             data = CellDataModule(dataset, train_idx, val_idx, batch_size, seed=self.seed_)
-            module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
+            same_run = SameRun(run | {"stage": stage}, dataset.conditions)
+            module, callbacks = self.module, [same_run, *trainer_kwargs.pop("callbacks", [])]
             # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
             clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
             runner_kwargs = {
@@ -297,132 +284,8 @@ class TrainMixin(ResumeMixin):
             finish()
             if checkpoint is not None:
                 checkpoint.finish(module.state_dict(), self.history_)
-
-    def _with_training_means(
-        self, dataset: CellDataset, fitted: np.ndarray, val_idx: np.ndarray
-    ) -> CellDataset:
-        """The cells, with what is known of their mean where a model has a predictor."""
-        return dataset
-
-    def _run_stage(
-        self,
-        plan: StagePlan,
-        data: CellDataModule,
-        max_epochs: int,
-        *,
-        patience: int,
-        callbacks: list[Callback],
-        finish: Callable[[], None],
-        checkpoint: TrainingCheckpoint | None,
-        earlier: dict[str, Any] | None = None,
-        validate_every: int = 1,
-        **runner_kwargs: Any,
-    ) -> None:
-        """Train one stage, and keep its best weights; ``earlier`` is the history before it.
-
-        ``finish`` is called if it is stopped and the model can be used all the same.
-        """
-        several = self.module.has_density_stage
-        before = self.history_, self.is_trained_
-        keep_best = KeepBestWeights(plan.monitor if data.n_val else None)
-        callbacks, resumed = [keep_best, *callbacks], None
-        if checkpoint is not None:
-            checkpoint.state["stage"] = plan.stage
-            checkpoint.state["history"], checkpoint.state["is_trained"] = before
-            callbacks = [KeepState(checkpoint), *callbacks]
-            resumed = None if checkpoint.content is None else str(checkpoint.folder)
-        if several:
-            # The runner would join the stages' histories key by key, and drop what is not in both.
-            self.history_, self.is_trained_ = None, False
-        try:
-            # Lightning leaves the mode as it is, and a trained module is in evaluation mode.
-            self.module.train()
-            runner = TrainRunner(
-                self,
-                training_plan=plan,
-                data_splitter=data,
-                max_epochs=max_epochs,
-                early_stopping_monitor=plan.monitor,
-                early_stopping_patience=patience,
-                check_val_every_n_epoch=validate_every if data.n_val else None,
-                callbacks=callbacks,
-                ckpt_path=resumed,
-                **runner_kwargs,
-            )
-            if checkpoint is not None:
-                runner.trainer.strategy.checkpoint_io = checkpoint
-            runner()
-            self.history_ = {**(earlier or {}), **(self.history_ or {})}
-        except BaseException as error:
-            # Whatever stopped it, a model that has weights to answer with can be used.
-            if not keep_best.restore(self.module):
-                self.history_, self.is_trained_ = before
-            elif not (several and isinstance(plan, GenerativeTrainingPlan)):
-                self.is_trained_ = True
-                self.history_ = {**(earlier or {}), **(self.history_ or {})}
-                finish()
-            # Lightning exits the process instead.
-            cause = error.__context__ if isinstance(error, SystemExit) else error
-            if isinstance(cause, KeyboardInterrupt):
-                where = f" of the {plan.stage}" if several else ""
-                raise KeyboardInterrupt(
-                    f"at epoch {plan.current_epoch} of {max_epochs}{where}"
-                ) from None
-            raise
-        finally:
-            self.module.eval()
-
-    def _train_density(
-        self,
-        encoded: EncodedDataset,
-        train_idx: np.ndarray,
-        val_idx: np.ndarray,
-        density_kwargs: dict[str, Any],
-        **stage_kwargs: Any,
-    ) -> None:
-        """The second stage: the density, on what the encoder made of the cells."""
-        batch_size = density_kwargs.pop("batch_size", 256)
-        in_genes = not self.module.space.is_learned
-        default = default_density_epochs(len(train_idx), batch_size, in_genes)
-        max_epochs = density_kwargs.pop("max_epochs", default)
-        mean, sd = encoded.mean[train_idx], encoded.sd[train_idx]
-        plan = DensityTrainingPlan(self.module, seed=self.seed_, **density_kwargs)
-        if not in_genes:  # normal scores are standard as they are
-            plan.density.standardise(self.module.space.draw(mean, sd).to(self._device))
-        validate_every = math.ceil(max_epochs / _N_VALIDATIONS)
-        self._run_stage(
-            plan,
-            CellDataModule(encoded, train_idx, val_idx, batch_size),
-            max_epochs,
-            patience=math.ceil(_N_VALIDATIONS / 2),
-            validate_every=validate_every,
-            **stage_kwargs,
-        )
-
-    def _checked_density(self, kwargs: dict[str, Any] | None) -> dict[str, Any]:
-        """Refuse what the second stage cannot be trained with, or any if there is none."""
-        if not self.module.has_density_stage:
-            if kwargs:
-                where = "is trained in one, see plan_kwargs"
-                if not self.module.space.is_learned:
-                    where = "of this density is fitted in closed form"
-                raise TypeError(
-                    "density_kwargs is for models with a second stage; "
-                    f"{type(self).__name__} {where}."
-                )
-            return {}
-        sizes = ("max_epochs", "batch_size")
-        kwargs = checked_words(kwargs, "density_kwargs", DensityTrainingPlan, also=sizes)
-        for name in sizes:
-            if kwargs.get(name) is not None:
-                where = f"density_kwargs[{name!r}]"
-                kwargs[name] = _arguments.check_positive_int(kwargs[name], where)
-        check_plan("density_kwargs", **{k: v for k, v in kwargs.items() if k not in sizes})
-        return {name: value for name, value in kwargs.items() if value is not None}
-
-    def _fitted_rows(self, train_idx: np.ndarray, val_idx: np.ndarray) -> np.ndarray:
-        """Row numbers of the cells that a space and a mean are fitted to."""
-        return train_idx
+                if (trainer := getattr(self, "trainer", None)) is not None:
+                    trainer.strategy.barrier()  # no process looks before it is written
 
     def _finish(self, data: CellDataModule, keys: np.ndarray, fitted: np.ndarray) -> None:
         """Record which cells were used, and what they were."""
@@ -432,79 +295,3 @@ class TrainMixin(ResumeMixin):
         self.test_indices_ = data.test_idx
         self.cell_keys_ = {"train": keys[fitted], "validation": keys[validation]}
         self._observe(fitted)
-
-    def _training_cells(self) -> tuple[CellDataset, np.ndarray]:
-        """All registered cells, checked to be what setup saw, and their keys."""
-        size_factor_key = self._setup_args["size_factor_key"]
-        check_unchanged(
-            self.schema,
-            self._setup_state["digests"],
-            self._readable(self.adata),
-            size_factor_key,
-            self.registry_["setup_method_name"],
-        )
-        cells = self._cells(None, training=True)
-        dataset = CellDataset(cells.reader, cells.codes, cells.library)
-        if not dataset.in_memory:
-            if len(dataset) <= WINDOW:
-                dataset = dataset.held(np.arange(len(dataset)))
-            elif self._holds_all_genes:
-                raise ValueError(
-                    f"This {type(self).__name__} holds all genes of all {len(dataset)} cells in "
-                    "memory while it is trained, but they lie in a file: set up and train it on "
-                    "adata.to_memory(), or use a model of the counts."
-                )
-        return dataset, cell_keys(cells.adata, dataset.reader)
-
-    @property
-    def _holds_all_genes(self) -> bool:
-        """Whether training needs all cells x genes at once: in gene space scores of all."""
-        return not self.module.space.is_learned
-
-    def _split_taken_over(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of the cells that the autoencoder was trained and validated on."""
-        labels = split_labels(keys, self.cell_keys_)
-        train, validation = (np.flatnonzero(labels == name) for name in ("train", "validation"))
-        if len(train) != len(self.cell_keys_["train"]):
-            raise ValueError(
-                "This model's autoencoder was taken over trained, and these are not the cells "
-                f"that it was trained on: {len(train)} of {len(self.cell_keys_['train'])} are "
-                "among them. Train an exprgen.NBVAE on these cells, and take it over by "
-                "from_autoencoder()."
-            )
-        return train, validation
-
-    def _split(
-        self, train_size: float, validation_size: float | None, split_key: str | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of training and validation cells."""
-        adata = self._readable(self.adata, *([] if split_key is None else [split_key]))
-        n_obs = adata.n_obs
-        if split_key is not None:
-            name = own_name(split_key, self.registry_["setup_args"])
-            if name not in list(adata.obs):
-                hint = closest(split_key, adata.obs.columns)
-                raise KeyError(f"split_key={split_key!r} is no column of obs.{hint}")
-            labels = adata.obs[name].astype(str).to_numpy()
-            train, validation = (np.flatnonzero(labels == k) for k in ("train", "validation"))
-            if len(train) == 0:
-                raise ValueError(
-                    f"obs[{split_key!r}] (split_key) has no cell labelled 'train'; its labels "
-                    f"are {sorted(set(labels))[:5]}."
-                )
-            return train, validation
-        for name, value in (("train_size", train_size), ("validation_size", validation_size)):
-            if value is None:
-                continue
-            _arguments.check_number(value, name, "[0, 1]")
-        if validation_size is None:
-            validation_size = 1 - train_size
-        if train_size == 0 or train_size + validation_size > 1 + 1e-9:
-            raise ValueError(
-                "train_size must be positive and train_size + validation_size at most 1, got "
-                f"{train_size} and {validation_size}."
-            )
-        order = np.random.default_rng(self.seed_).permutation(n_obs)
-        n_validation = math.floor(n_obs * validation_size + 1e-9)
-        n_train = min(math.ceil(n_obs * train_size - 1e-9), n_obs - n_validation)
-        return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])

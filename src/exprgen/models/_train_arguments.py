@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_accelerator",
+    "check_strategy",
     "checked_trainer",
     "checked_words",
     "known_words",
@@ -41,6 +42,8 @@ _OWN_WORDS = {
     "enable_progress_bar": "progress_bar=",
     "log_every_n_steps": "progress_bar=",
     "max_epochs": "max_epochs=",
+    "strategy": "strategy=",
+    "use_distributed_sampler": "strategy=",
 }
 
 
@@ -117,6 +120,22 @@ def check_accelerator(accelerator: Any) -> None:
         raise RuntimeError(
             f"accelerator={accelerator!r}: there is none here that torch can use. Available: "
             f"{', '.join(map(repr, here))}."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a way of training on several devices that is not offered.
+
+    Raises
+    ------
+    ValueError
+        If it has no such name.
+    """
+    names = ["auto", "ddp"]
+    if strategy not in names:
+        raise ValueError(
+            f"strategy must be 'auto' or 'ddp', got {strategy!r}.{closest(str(strategy), names)} "
+            "Both run the script in each of several processes; there is no other way here."
         )
 
 

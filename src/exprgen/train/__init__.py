@@ -18,6 +18,7 @@ from exprgen.train._plans import (
     StagePlan,
     check_plan,
 )
+from exprgen.train._processes import SameRun, SharedBatches
 
 __all__ = [
     "FINISHED",
@@ -30,6 +31,8 @@ __all__ = [
     "GenerativeTrainingPlan",
     "KeepBestWeights",
     "KeepState",
+    "SameRun",
+    "SharedBatches",
     "Shuffle",
     "StagePlan",
     "TrainingCheckpoint",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
 
 from exprgen.train._blocks import BlockLoader, Shuffle, some_of
+from exprgen.train._processes import SharedBatches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,9 +113,9 @@ class CellDataModule(LightningDataModule):
     train_idx, val_idx
         Row numbers of the training and the validation cells.
     batch_size
-        Cells per step.
+        Cells per step, of all processes together.
     seed
-        Of the order of cells in a file.
+        Of the order of cells in a file, and of any where there are several processes.
     """
 
     def __init__(
@@ -146,23 +147,33 @@ class CellDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader | BlockLoader:
         """Shuffled batches of training cells."""
+        rank, n_ranks = self._place
         if self._in_file is not None:
-            trainer = self.trainer
-            rank, n_ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-            shuffle = Shuffle(self.train_idx, self.batch_size, self.seed, rank, n_ranks)
+            batch_size = math.ceil(self.batch_size / n_ranks)
+            shuffle = Shuffle(self.train_idx, batch_size, self.seed, rank, n_ranks)
             return BlockLoader(self._in_file, shuffle)
-        return self._loader(self.dataset, SubsetRandomSampler(self.train_idx.tolist()))
+        if n_ranks > 1:
+            return self._loader(self.dataset, self._shared(self.train_idx, self.seed))
+        rows = SubsetRandomSampler(self.train_idx.tolist())
+        return self._loader(self.dataset, BatchSampler(rows, self.batch_size, drop_last=False))
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches of validation cells in a fixed order."""
         if not self.n_val:
             return []
-        if self._held is not None:
-            return self._loader(self._held, range(len(self._held)))
-        return self._loader(self.dataset, self.val_idx.tolist())
+        held = self._held
+        rows = self.val_idx if held is None else np.arange(len(held))
+        return self._loader(self.dataset if held is None else held, self._shared(rows))
 
-    def _loader(self, dataset: Dataset, rows: Iterable[int]) -> DataLoader:
-        batches = BatchSampler(rows, self.batch_size, drop_last=False)
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Which of how many processes this is."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _shared(self, rows: np.ndarray, seed: int | None = None) -> SharedBatches:
+        return SharedBatches(rows, self.batch_size, *self._place, seed)
+
+    def _loader(self, dataset: Dataset, batches: Iterable[Any]) -> DataLoader:
         # Without a batch size of its own the loader hands whole batches of rows to the dataset.
         return DataLoader(dataset, sampler=batches, batch_size=None)
 

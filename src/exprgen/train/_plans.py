@@ -122,12 +122,27 @@ class StagePlan(TrainingPlan):
         """Inside, the module has the weights that are to be kept."""
         yield
 
+    @contextmanager
+    def others_fixed(self) -> Iterator[None]:
+        """Inside, what this stage does not train has no gradient, which processes wait for."""
+        trained = {id(p) for group in self.parameter_groups() for p in group["params"]}
+        others = [p for p in self.module.parameters() if p.requires_grad and id(p) not in trained]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch; a loss that is not finite stops the training and says where."""
         loss, sums = self.step(batch, None)
-        if not torch.isfinite(loss):
-            raise self._diverged("The training loss", loss.item())
-        self.last_loss = loss.detach()
+        # In place, and over all processes, for one alone would leave the others waiting.
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        if not torch.isfinite(mean):
+            raise self._diverged("The training loss", mean.item())
+        self.last_loss = mean
         self._add("train", batch, sums)
         return loss
 
@@ -141,8 +156,9 @@ class StagePlan(TrainingPlan):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The terms of a validation batch, with noise fixed by the batch number."""
+        noise = generator(self.seed, batch_idx * self._n_ranks + self.global_rank)
         with self.averaged():
-            _, sums = self.step(batch, generator(self.seed, batch_idx))
+            _, sums = self.step(batch, noise)
         self._add("validation", batch, sums)
 
     def _add(self, mode: str, batch: dict[str, Tensor], sums: list[Tensor]) -> None:
@@ -150,16 +166,34 @@ class StagePlan(TrainingPlan):
         self._n_obs[mode] += len(next(iter(batch.values())))
 
     def _log_epoch(self, mode: str) -> None:
-        """Log means per cell."""
+        """Log means per cell, over all processes."""
         if self._n_obs[mode] == 0:
             return
-        means = (self._sums[mode] / self._n_obs[mode]).tolist()
+        sums = torch.cat([self._sums[mode], torch.tensor([float(self._n_obs[mode])])])
+        sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+        means = (sums[:-1] / sums[-1]).tolist()
         if not all(map(math.isfinite, means)):
             # Early stopping would end the run as if it had been a good one.
             raise self._diverged(f"The {mode} loss", means[0])
         for i, (name, value) in enumerate(zip(self.terms, means, strict=True)):
             self.log(name.format(mode), value, prog_bar=mode == "train" and i == 0)
         self._sums[mode], self._n_obs[mode] = torch.zeros(len(self.terms)), 0
+
+    def on_train_epoch_start(self) -> None:
+        """Let several processes have noise of their own, by the number of the epoch."""
+        self._part_streams(self.current_epoch, self.global_rank)
+
+    def on_train_end(self) -> None:
+        """What follows is the same in all processes."""
+        self._part_streams()
+
+    @property
+    def _n_ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def _part_streams(self, *key: int) -> None:
+        if self._n_ranks > 1:
+            torch.manual_seed(generator(self.seed, *key).initial_seed())
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch."""
