@@ -20,7 +20,12 @@ from exprgen.models._cells import cell_keys, split_labels
 from exprgen.models._core import ModelCore
 from exprgen.models._fields import check_unchanged
 from exprgen.models._mudata import own_name
-from exprgen.models._train_arguments import checked_trainer, checked_words
+from exprgen.models._train_arguments import (
+    check_checkpoints,
+    checked_trainer,
+    checked_words,
+    without_checkpoints,
+)
 from exprgen.train import (
     CellDataModule,
     CellDataset,
@@ -111,7 +116,8 @@ class TrainMixin(ModelCore):
             take, 400 in gene space), ``"batch_size"`` (256), and arguments of
             :class:`~exprgen.train.DensityTrainingPlan`.
         trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`, of every stage.
+            Arguments of :class:`scvi.train.Trainer`, of every stage; but of checkpoints of whole
+            models, as by :class:`scvi.train.SaveCheckpoint`, which the last stage alone can make.
 
         Raises
         ------
@@ -156,6 +162,9 @@ class TrainMixin(ModelCore):
                 raise ValueError(f"{', '.join(useless)}: {why}. {left}")
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = checked_trainer(trainer_kwargs)
+        has_second = self.module.has_density_stage
+        last = DensityTrainingPlan if has_second else GenerativeTrainingPlan
+        check_checkpoints(trainer_kwargs, last)
         dataset, keys = self._training_cells()
         if taken_over:
             train_idx, val_idx = self._split_taken_over(keys)
@@ -177,7 +186,7 @@ class TrainMixin(ModelCore):
             fitted = self._fitted_rows(train_idx, val_idx)
             dataset = self._with_training_means(dataset, fitted, val_idx)
             data = CellDataModule(dataset, train_idx, val_idx, batch_size)
-            module, callbacks = self.module, trainer_kwargs.pop("callbacks", [])
+            module = self.module
             # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
             clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
             runner_kwargs = {
@@ -187,6 +196,7 @@ class TrainMixin(ModelCore):
                 "enable_progress_bar": progress_bar,
                 "log_every_n_steps": 1,
                 "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", clip),
+                "callbacks": [],
                 **trainer_kwargs,
             }
             finish = partial(self._finish, data, keys, fitted)
@@ -204,9 +214,8 @@ class TrainMixin(ModelCore):
                         data,
                         max_epochs,
                         patience=early_stopping_patience or max_epochs,
-                        callbacks=callbacks,
                         finish=finish,
-                        **runner_kwargs,
+                        **(without_checkpoints(runner_kwargs) if has_second else runner_kwargs),
                     )
                 if not (has_autoencoder or module.has_density_stage):
                     # All of it is in closed form.
@@ -222,7 +231,6 @@ class TrainMixin(ModelCore):
                         train_idx,
                         val_idx,
                         density_kwargs,
-                        callbacks=callbacks,
                         finish=finish,
                         **runner_kwargs,
                     )
