@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -356,11 +357,17 @@ def test_L05_two_threads_sample_from_one_model(model):
     start = threading.Barrier(2)
 
     def work(i: int) -> None:
-        for _ in range(4):
-            start.wait(timeout=60)
-            found[i].append(model.sample(**asked[i], **options))
+        try:
+            for _ in range(4):
+                start.wait(timeout=60)
+                found[i].append(model.sample(**asked[i], **options))
+        except BaseException:
+            start.abort()  # or the other would wait for it
+            raise
 
-    with untouched():
+    # Python's warning filters are of the process, and two threads may restore them crosswise.
+    with untouched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
         for thread in threads:
             thread.start()
