@@ -53,8 +53,6 @@ class AroundMean(GenerativeModel):
     _n_folds: int
     """Parts in which it is cross-fitted."""
 
-    """Where the caller of a verb has said what the mean is."""
-
     # Training ------------------------------------------------------------------------------
 
     def _fitted_rows(self, train_idx: np.ndarray, val_idx: np.ndarray) -> np.ndarray:
@@ -211,6 +209,7 @@ class AroundMean(GenerativeModel):
 
     @property
     def _given_mean(self) -> Any:
+        """What the caller of a verb has said the mean is."""
         said = _GIVEN.get()
         return said[1] if said is not None and said[0] is self else None
 
