@@ -1,7 +1,7 @@
-"""The fault catalogue, rows E01 to E14: files of a model, through its own ``save`` and ``load``.
+"""The fault catalogue, rows E01 to E16: files of a model, through its own ``save`` and ``load``.
 
 A test per row, by its id; ``test_files.py`` has the same faults at every byte and step. Not here:
-E15 (archives of a hub) and E16 (a GPU), and of E01 the checkpoints of training, which come later.
+of E01 the checkpoints of training, which come later. E16 is emulated, where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import pickle
 import shutil
 import signal
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -646,6 +648,46 @@ def test_E14_untrained(adata, tmp_path, model_class):
     model_class(adata).save(tmp_path / "model")
     with refused(RuntimeError, "not trained"):
         model_class.load(tmp_path / "model").sample(T0)
+
+
+@parametrize("form", ["zip", "tar"])
+def test_E15_archives_are_not_unpacked(model_class, folder, tmp_path, form):
+    archive = shutil.make_archive(str(tmp_path / "packed"), form, folder)
+    with refused(NotADirectoryError, archive):
+        model_class.load(archive)
+
+
+@parametrize("name", ["../evil", "/tmp/evil", "../../evil", "a/../../evil"])
+def test_E15_paths_that_lead_out_of_the_folder(model_class, folder, tmp_path, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["model.pt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+    load_is_refused(model_class, folder, UntrustedFileError, "manifest.json", name)
+    with zipfile.ZipFile(
+        folder / "model.pt", "a"
+    ) as archive:  # a member that unpacking would put elsewhere
+        archive.writestr(name, b"evil")
+    manifest["files"] = {"model.pt": describe(folder / "model.pt")}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with suppress(CheckpointError):  # what nobody reads does no harm
+        model_class.load(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_E16_saved_from_a_gpu(model_class, folder, model, monkeypatch):
+    """Tensors that say they lie on a GPU, as a file of one does."""
+    payload = torch.load(folder / "model.pt", weights_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save(payload, folder / "model.pt")
+    rewrite_manifest(folder)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):  # that the file says so
+            torch.load(folder / "model.pt", weights_only=True)
+    loaded = model_class.load(folder, accelerator="cpu")
+    assert loaded.device == torch.device("cpu")
+    assert loaded._fingerprint() == model._fingerprint()
 
 
 if __name__ == "__main__":  # once for each new format, never for an old one

@@ -107,10 +107,15 @@ def densely(values: Any) -> np.ndarray:
     return values.toarray() if sparse.issparse(values) else values
 
 
-def with_value(adata: AnnData, value: float, form: Callable = sparse.csr_matrix) -> AnnData:
+def with_value(
+    adata: AnnData,
+    value: float,
+    form: Callable = sparse.csr_matrix,
+    place: tuple[int, int] = (7, 3),
+) -> AnnData:
     for layer in ("counts", "log"):
         values = adata.layers[layer].toarray()
-        values[7, 3] = value
+        values[place] = value
         adata.layers[layer] = form(values)
     return adata
 
@@ -271,6 +276,34 @@ def test_A12_one_fraction(adata):
                 categorical_condition_keys=["cell_type"],
             )  # fmt: skip
         assert np.isfinite(model.log_likelihood(n_samples=2)).all()
+
+
+WRONG_VALUES = {
+    "A11 negative": (-1.0, OF_COUNTS, "negative"),
+    "A12 fraction": (0.5, OF_COUNTS, "integer"),
+    "A16 A17 NaN": (np.nan, MODELS, "missing (NaN)"),
+}
+
+
+@parametrize(("value", "of", "said"), WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_20_of_20_places_of_one_wrong_value(value, of, said):
+    """Wherever it is, whatever the matrix' form and the random state."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cell, gene = int(rng.integers(N_OBS)), int(rng.integers(N_VARS))
+        form = (np.asarray, sparse.csr_matrix, sparse.csc_matrix)[seed % 3]
+        adata = with_value(make_cells(), value, form, (cell, gene))
+        names = "1 value ", said, f"cell 'cell_{cell}'", f"gene 'gene_{gene}'"
+        setup_is_refused(adata, SetupError, *names, of=of, layer="counts")
+
+
+def test_A05_20_of_20_places_of_nan_in_continuous():
+    for seed in range(20):
+        cell = int(np.random.default_rng(seed).integers(N_OBS))
+        adata = make_cells()
+        adata.obs.loc[f"cell_{cell}", "dose"] = np.nan
+        names = "obs['dose']", "1 missing value ", f"'cell_{cell}'"
+        setup_is_refused(adata, CovariateError, *names, continuous_condition_keys=["dose"])
 
 
 @parametrize("model_class", PATHS)

@@ -182,7 +182,7 @@ def run(script: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_is_fast_and_loads_nothing_heavy() -> None:
+def test_L03_import_is_fast_and_loads_nothing_heavy() -> None:
     script = """
 import json, sys, time
 start = time.perf_counter()
@@ -196,7 +196,7 @@ print(json.dumps({"seconds": seconds, "loaded": [name for name in heavy if name 
     assert min(answer["seconds"] for answer in runs) < 1
 
 
-def test_import_alters_nothing() -> None:
+def test_L03_import_alters_nothing() -> None:
     script = """
 import json, logging, os, random, warnings
 import numpy as np, torch

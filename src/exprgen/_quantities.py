@@ -61,7 +61,7 @@ class Quantity(Column):
         """
         if isinstance(column.dtype, pd.CategoricalDtype):
             column = column.astype(object)
-        if column.dtype.kind in "mMc":
+        if column.dtype.kind in "mMc" or infer_dtype(column) == "complex":
             raise CovariateError(f"{where} is of type {column.dtype}. Make it real numbers.")
         values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
         missing = column.isna().to_numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AroundMean"]
 
+_GIVEN: ContextVar[tuple[AroundMean, Any] | None] = ContextVar("given_mean", default=None)
+"""Which model is asked around a given mean in this thread, and the mean."""
+
 
 class AroundMean(GenerativeModel):
     """A model whose space is around what a predictor says of conditions."""
@@ -48,9 +52,6 @@ class AroundMean(GenerativeModel):
 
     _n_folds: int
     """Parts in which it is cross-fitted."""
-
-    _given_mean: np.ndarray | None = None
-    """Where the caller of a verb has said what the mean is."""
 
     # Training ------------------------------------------------------------------------------
 
@@ -208,11 +209,17 @@ class AroundMean(GenerativeModel):
     @contextmanager
     def _around_mean(self, mean: Any) -> Iterator[None]:
         """Inside, the conditions asked about have this mean."""
-        self._given_mean = mean
+        token = _GIVEN.set((self, mean))
         try:
             yield
         finally:
-            del self._given_mean
+            _GIVEN.reset(token)
+
+    @property
+    def _given_mean(self) -> Any:
+        """What the caller of a verb has said the mean is."""
+        said = _GIVEN.get()
+        return said[1] if said is not None and said[0] is self else None
 
     def _restore(self, attributes: Mapping[str, Any]) -> None:
         super()._restore(attributes)

@@ -8,6 +8,7 @@ which module it is.
 from __future__ import annotations
 
 from exprgen.models._generate import GenerateMixin
+from exprgen.models._host import HostMixin
 from exprgen.models._infer import InferMixin
 from exprgen.models._predict import PredictMixin
 from exprgen.models._save import SaveMixin
@@ -18,7 +19,7 @@ __all__ = ["GenerativeModel"]
 
 
 class GenerativeModel(
-    TrainMixin, GenerateMixin, PredictMixin, InferMixin, SurpriseMixin, SaveMixin
+    TrainMixin, GenerateMixin, PredictMixin, InferMixin, SurpriseMixin, SaveMixin, HostMixin
 ):
     """A conditional generative model p(x | c) of expression.
 

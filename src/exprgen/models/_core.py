@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -50,9 +49,6 @@ class ModelCore(BaseModelClass):
     is_trained_: bool
     history_: dict[str, Any] | None
 
-    _density_options: Mapping[str, Any] = MappingProxyType({})
-    """How the density draws, where the caller of a verb has said so."""
-
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -75,6 +71,11 @@ class ModelCore(BaseModelClass):
         self.conditions_: dict[str, Any] | None = None
         if adata is not None:
             self._observe()
+
+    @property
+    def _density_options(self) -> Mapping[str, Any]:
+        """How the density draws, where the caller of a verb has said so."""
+        return {}
 
     @property
     def _setup_state(self) -> dict[str, Any]:

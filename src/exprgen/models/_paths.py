@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
@@ -34,6 +35,9 @@ __all__ = ["PathModel"]
 
 KINDS = ("counts", "continuous")
 """What a layer may hold."""
+
+_DRAWING: ContextVar[tuple[PathModel, dict[str, Any]] | None] = ContextVar("drawing", default=None)
+"""Which model is drawing in this thread, and how."""
 
 
 class PathModel(GenerativeModel):
@@ -160,11 +164,16 @@ class PathModel(GenerativeModel):
                     "conditions; this one was made with condition_dropout=0."
                 )
             options["guidance"] = weights
-        self._density_options = options
+        token = _DRAWING.set((self, options))
         try:
             yield
         finally:
-            del self._density_options
+            _DRAWING.reset(token)
+
+    @property
+    def _density_options(self) -> Mapping[str, Any]:
+        said = _DRAWING.get()
+        return said[1] if said is not None and said[0] is self else {}
 
     def _guidance(self, guidance: float | Mapping[str, float]) -> list[float]:
         """A weight per condition, in their order."""

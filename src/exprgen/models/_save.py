@@ -13,7 +13,6 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pprint import pformat
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 from zipfile import BadZipFile
 
@@ -27,6 +26,7 @@ from exprgen import _arguments, _files, _validate
 from exprgen._conditions import ConditionSchema
 from exprgen._errors import CheckpointError, ReproducibilityWarning, name_some
 from exprgen.models._fields import CONDITIONS_KEY
+from exprgen.models._host import setup_in_words
 from exprgen.models._mudata import own_names, read_h5mu, write_h5mu
 from exprgen.models._setup import SetupMixin
 
@@ -238,10 +238,7 @@ class SaveMixin(SetupMixin):
             As in :meth:`load`.
         """
         registry = SaveMixin.load_registry(dir_path, prefix)
-        said = pformat(registry["setup_args"], sort_dicts=False)
-        sys.stdout.write(
-            f"{registry['model_name']}.{registry['setup_method_name']} was called with\n{said}\n"
-        )
+        sys.stdout.write(setup_in_words(registry))
 
     @classmethod
     def convert_legacy_save(

@@ -14,16 +14,19 @@ from exprgen._random import isolated
 from exprgen.models._stages import StagesMixin
 from exprgen.models._train_arguments import (
     check_accelerator,
+    check_checkpoints,
     check_strategy,
     checked_trainer,
     checked_words,
     known_words,
     said_of_trainer,
+    without_checkpoints,
 )
 from exprgen.models._training_cells import TrainingCellsMixin
 from exprgen.train import (
     FINISHED,
     CellDataModule,
+    DensityTrainingPlan,
     EncodedDataset,
     GenerativeTrainingPlan,
     SameRun,
@@ -116,7 +119,8 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
             take, 400 in gene space), ``"batch_size"`` (256), and arguments of
             :class:`~exprgen.train.DensityTrainingPlan`.
         trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`, of every stage.
+            Arguments of :class:`scvi.train.Trainer`, of every stage; but of checkpoints of whole
+            models, as by :class:`scvi.train.SaveCheckpoint`, which the last stage alone can make.
 
         Raises
         ------
@@ -184,6 +188,9 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
                 raise ValueError(f"{', '.join(useless)}: {why}. {left}")
         density_kwargs = self._checked_density(density_kwargs)
         trainer_kwargs = checked_trainer(trainer_kwargs)
+        has_second = self.module.has_density_stage
+        last = DensityTrainingPlan if has_second else GenerativeTrainingPlan
+        check_checkpoints(trainer_kwargs, last)
         dataset, keys = self._training_cells()
         if taken_over:
             train_idx, val_idx = self._split_taken_over(keys)
@@ -226,7 +233,7 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
             stage = None if checkpoint is None else self._take_up(checkpoint, dataset)
             data = CellDataModule(dataset, train_idx, val_idx, batch_size, seed=self.seed_)
             same_run = SameRun(run | {"stage": stage}, dataset.conditions)
-            module, callbacks = self.module, [same_run, *trainer_kwargs.pop("callbacks", [])]
+            module = self.module
             # The scaled gradients of mixed precision cannot be clipped for a fused optimizer.
             clip = None if "mixed" in str(trainer_kwargs.get("precision")) else 10.0
             runner_kwargs = {
@@ -236,6 +243,7 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
                 "enable_progress_bar": progress_bar,
                 "log_every_n_steps": 1,
                 "gradient_clip_val": trainer_kwargs.pop("gradient_clip_val", clip),
+                "callbacks": [same_run, *trainer_kwargs.pop("callbacks", [])],
                 **trainer_kwargs,
             }
             finish = partial(self._finish, data, keys, fitted)
@@ -256,10 +264,9 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
                         data,
                         max_epochs,
                         patience=early_stopping_patience or max_epochs,
-                        callbacks=callbacks,
                         finish=finish,
                         checkpoint=checkpoint,
-                        **runner_kwargs,
+                        **(without_checkpoints(runner_kwargs) if has_second else runner_kwargs),
                     )
                 if not (has_autoencoder or module.has_density_stage):
                     # All of it is in closed form.
@@ -276,7 +283,6 @@ class TrainMixin(TrainingCellsMixin, StagesMixin):
                         val_idx,
                         density_kwargs,
                         earlier=first,
-                        callbacks=callbacks,
                         finish=finish,
                         checkpoint=checkpoint,
                         **runner_kwargs,

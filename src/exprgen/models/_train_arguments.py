@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scvi.train import Trainer
 
 from exprgen import _arguments
@@ -19,13 +20,17 @@ from exprgen.train import DensityTrainingPlan, GenerativeTrainingPlan
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from exprgen.train import StagePlan
+
 __all__ = [
     "check_accelerator",
+    "check_checkpoints",
     "check_strategy",
     "checked_trainer",
     "checked_words",
     "known_words",
     "said_of_trainer",
+    "without_checkpoints",
 ]
 
 P = ParamSpec("P")
@@ -192,3 +197,28 @@ def checked_trainer(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     if kwargs.get("gradient_clip_val") is not None:
         _arguments.check_number(kwargs["gradient_clip_val"], "trainer_kwargs['gradient_clip_val']")
     return kwargs
+
+
+def check_checkpoints(kwargs: Mapping[str, Any], last: type[StagePlan]) -> None:
+    """Refuse to watch what the last stage does not log: until then there is no whole model."""
+    logged = [term.format(mode) for term in last.terms for mode in ("train", "validation")]
+    watched = {
+        f"monitor={callback.monitor!r} of {type(callback).__name__}": callback.monitor
+        for callback in kwargs.get("callbacks", [])
+        if isinstance(callback, ModelCheckpoint)
+    }
+    if kwargs.get("enable_checkpointing") and not watched:
+        monitor = kwargs.get("checkpointing_monitor", "validation_loss")
+        watched = {f"trainer_kwargs['checkpointing_monitor']={monitor!r}": monitor}
+    for said, monitor in watched.items():
+        if monitor is not None and monitor not in logged:
+            raise ValueError(
+                f"{said} is not logged by the stage of training in which there are whole models "
+                f"to save; it logs {logged}.{closest(monitor, logged)}"
+            )
+
+
+def without_checkpoints(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for a stage that ends without a whole model."""
+    callbacks = [c for c in kwargs["callbacks"] if not isinstance(c, ModelCheckpoint)]
+    return {**kwargs, "callbacks": callbacks, "enable_checkpointing": False}

@@ -125,7 +125,8 @@ def evaluate(
         ``"undefined"``, a value that does not exist for such cells; ``"no control"`` if real cells
         have none). ``note`` says what else there is to say.
 
-        ``.attrs`` has the settings, cells and genes in use, seconds per family (summed over
+        ``.attrs`` has the settings, cells and genes in use, how many genes are constant in
+        ``test`` (variances and correlations leave them out), seconds per family (summed over
         comparisons), and ``memorisation``: per model the groups, worst first, with
         nearest-neighbour ratio, membership AUC, its z, and the number of held-out cells.
 
@@ -250,6 +251,7 @@ def evaluate(
         "n_test": len(held_out),
         "n_train": len(trained),
         "n_genes": int(held_out.counts.shape[1]),
+        "n_genes_constant": _n_constant(held_out),
         "n_genes_classifier": len(plan.genes),
         "groups": list(half),
         "groups_left_out": sorted(set(held_out.sizes) - set(half)),
@@ -260,6 +262,12 @@ def evaluate(
     if key_added is not None:
         store(test, key_added, report)
     return report
+
+
+def _n_constant(cells: Cells) -> int:
+    """Genes with the same count in all cells; no correlation is defined for them."""
+    lowest, highest = (of(axis=0).toarray() for of in (cells.counts.min, cells.counts.max))
+    return int((lowest == highest).sum())
 
 
 def _named(synthetic: AnnData | Mapping[str, AnnData], baselines: list[str]) -> dict[str, AnnData]:
