@@ -1,14 +1,14 @@
 """The fault catalogue, rows F01 to F07 and L01 to L05: evaluation, concurrency, limits.
 
 A test per row, by its id; M01 to M05 are in ``test_mudata.py``, L03 is in ``test_imports.py``. Not
-here: L02 (more cells than memory) belongs to the reader that goes through files in blocks, and of
-L04 what only another system can tell.
+here: of L04 what only another system can tell.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -45,7 +45,8 @@ from scvi.train import SaveCheckpoint
 from exprgen import CondVAE, metrics, tl
 from exprgen._errors import GeneMismatchError
 from exprgen._manifest import is_name
-from exprgen.datasets import simulate_latent
+from exprgen._stores import new_store
+from exprgen.datasets import open_zarr, simulate_latent
 
 parametrize = pytest.mark.parametrize
 T0 = {"cell_type": "type_0", "dose": 1.0}
@@ -290,6 +291,44 @@ def test_L01_two_trainings_share_a_folder(tmp_path):
         assert saved == {path.name for folder in apart for path in folder.iterdir()}
         for path in (tmp_path / "shared" / name).iterdir():
             model_class.load(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_L02_training_on_more_cells_than_memory(tmp_path):
+    resource = pytest.importorskip("resource")
+    n_obs, n_vars, spare = 81_920, 2000, 450 * 2**20
+    block = np.random.default_rng(0).poisson(0.2, (512, n_vars)).astype(np.float32)
+    with new_store(tmp_path / "cells.zarr", overwrite=False) as store:
+        for _ in range(n_obs // len(block)):
+            store.append(block)
+        index = pd.RangeIndex(n_obs).astype(str)
+        store.write(AnnData(shape=(n_obs, n_vars), obs=pd.DataFrame(index=index)))
+    assert 4 * n_obs * n_vars > 1.3 * spare
+
+    def held_to_little(action: Any) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                # Of what is written to: address space that threads reserve is no memory.
+                data = int(Path("/proc/self/statm").read_text().split()[5])
+                limit = data * resource.getpagesize() + spare
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+                action(open_zarr(tmp_path / "cells.zarr"))
+                code = 0
+            except MemoryError:
+                code = 2
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def train(cells: AnnData) -> None:
+        model = fit(cells)
+        assert np.isfinite(model.sample(n_obs=10, seed=0).X.data).all()
+
+    assert held_to_little(lambda cells: cells.to_memory()) == 2
+    assert held_to_little(train) == 0
 
 
 IN_ANOTHER_PROCESS = """

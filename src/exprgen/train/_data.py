@@ -206,12 +206,16 @@ class EncodedDataset(Dataset):
     def __init__(
         self, cells: CellDataset, space: Space, device: torch.device, block: int = 512
     ) -> None:
-        parts = []
+        tensors: list[Tensor] = []
         for start in range(0, len(cells), block):
-            batch = cells[np.arange(start, min(start + block, len(cells)))]
+            rows = np.arange(start, min(start + block, len(cells)))
+            batch = cells[rows]
             x, c, library = (batch[key].to(device) for key in ("x", "c", "library"))
-            parts.append((*space.encode(x, c, library), space.density_features(c)))
-        tensors = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+            parts = (*space.encode(x, c, library), space.density_features(c))
+            # Filled rather than collected, as the moments are.
+            tensors = tensors or [torch.empty(len(cells), part.shape[1]) for part in parts]
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor[rows] = part.cpu()
         self.mean, self.sd, self.features = tensors
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["data_moments"]
 
 
+@torch.no_grad()
 def data_moments(
     dataset: CellDataset, rows: np.ndarray, space: Space, block: int = 512
 ) -> DataMoments:
@@ -28,22 +29,23 @@ def data_moments(
     minimum = torch.full((n_vars,), math.inf, dtype=torch.float64)
     x, x_square, library_x = (torch.zeros(n_vars, dtype=torch.float64) for _ in range(3))
     inputs_x = torch.zeros(space.n_inputs, n_vars, dtype=torch.float64)
-    library, inputs, donors = dataset.library[rows].double(), [], []
+    library = dataset.library[rows].double()
+    # Filled rather than collected: what small tensors leave between large ones is no use to these.
+    inputs = torch.empty(len(rows), space.n_inputs)
+    donors = torch.empty(len(rows), dtype=torch.long)
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         batch = dataset[rows[part]]
         counts, c = batch["x"].double(), batch["c"]
-        inputs.append(space.inputs(c))
-        donors.append(space.features.donor(c))
+        inputs[part] = space.inputs(c)
+        donors[part] = space.features.donor(c)
         x += counts.sum(0)
         x_square += counts.square().sum(0)
         minimum = torch.minimum(minimum, counts.amin(0))
         library_x += library[part] @ counts
-        inputs_x += inputs[-1].double().T @ counts
+        inputs_x += inputs[part].double().T @ counts
     sums = inputs_x, x, x_square, library_x, minimum
-    return DataMoments(
-        library, torch.cat(inputs), torch.cat(donors), *sums, cells=partial(_cells, dataset, rows)
-    )
+    return DataMoments(library, inputs, donors, *sums, cells=partial(_cells, dataset, rows))
 
 
 def _cells(
