@@ -295,9 +295,10 @@ def test_L01_two_trainings_share_a_folder(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.slow
 def test_L02_training_on_more_cells_than_memory(tmp_path):
     resource = pytest.importorskip("resource")
-    n_obs, n_vars, spare = 81_920, 2000, 450 * 2**20
+    n_obs, n_vars, spare = 139_264, 1000, 400 * 2**20
     block = np.random.default_rng(0).poisson(0.2, (512, n_vars)).astype(np.float32)
     with new_store(tmp_path / "cells.zarr", overwrite=False) as store:
         for _ in range(n_obs // len(block)):
