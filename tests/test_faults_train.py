@@ -77,6 +77,14 @@ def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checkpoint, "_MOST_OF_TIME", 1e9)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell has what it runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def untrained(model_class: type[NBVAE], cells: AnnData | None = None) -> Any:
     """Set up and built as the trained model that other tests have, with seed 0."""
     like = trained_on_all_roles(model_class)

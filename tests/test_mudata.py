@@ -415,7 +415,7 @@ def test_size_factors_are_read_by_name(mdata):
         mdata, CovariateError, cell, "positive", of=OF_COUNTS, size_factor_key="prot:depth"
     )
     mdata["prot"].obs.loc[cell, "depth"] = 2.0
-    model = fit(mdata, **{**SAID, "size_factor_key": "prot:depth"})
+    model = fit(mdata, **{**SAID, **key})
     library = model._cells(None).library
     assert library[mdata["rna"].obs_names.get_loc(cell)] == 2
     assert library.sum() == N_OBS + 1
