@@ -411,9 +411,8 @@ def test_size_factors_are_read_by_name(mdata):
     mdata["prot"].obs["depth"] = 1.0
     cell = mdata["prot"].obs_names[0]
     mdata["prot"].obs.loc[cell, "depth"] = 0.0
-    setup_is_refused(
-        mdata, CovariateError, cell, "positive", of=OF_COUNTS, size_factor_key="prot:depth"
-    )
+    names, key = (cell, "positive"), {"size_factor_key": "prot:depth"}
+    setup_is_refused(mdata, CovariateError, *names, of=OF_COUNTS, **key)
     mdata["prot"].obs.loc[cell, "depth"] = 2.0
     model = fit(mdata, **{**SAID, **key})
     library = model._cells(None).library
