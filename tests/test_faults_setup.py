@@ -47,7 +47,7 @@ from faults import (
 )
 from scipy import sparse
 
-from exprgen import NBVAE, ZINBVAE, CondVAE, HybridResidualModel
+from exprgen import NBVAE, ZINBVAE, CondVAE, ExprFlow, HybridResidualModel
 from exprgen._errors import (
     CovariateError,
     DataQualityWarning,
@@ -550,11 +550,11 @@ def test_A30_dtypes_come_back(adata, model_class, values):
     assert set(drawn) == set(values)
 
 
-def answers(matrix: Any) -> tuple[np.ndarray, ...]:
+def answers(matrix: Any, kind: type[GenerativeModel] = NBVAE) -> tuple[np.ndarray, ...]:
     """Everything a model says when trained on a matrix."""
     adata = AnnData(matrix, obs=make_cells().obs)
     with untouched(matrix):
-        model = fit(adata, categorical_condition_keys=["cell_type"])
+        model = fit(adata, model_class=kind, categorical_condition_keys=["cell_type"])
         said = (
             latent_of(model),
             model.log_likelihood(n_samples=2, seed=0),
@@ -570,9 +570,15 @@ def counts() -> np.ndarray:
     return make_cells().X.toarray()
 
 
+@pytest.fixture(scope="session", params=[NBVAE, ExprFlow, HybridResidualModel])
+def kind(request: pytest.FixtureRequest) -> type[GenerativeModel]:
+    """One of each kind: what reads cells is the same in all."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def expected(counts) -> tuple[np.ndarray, ...]:
-    return answers(sparse.csr_matrix(counts))
+def expected(counts, kind) -> tuple[np.ndarray, ...]:
+    return answers(sparse.csr_matrix(counts), kind)
 
 
 def compare(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
@@ -582,7 +588,7 @@ def compare(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> 
 
 @parametrize("sparsely", [False, True], ids=["dense", "csr"])
 @parametrize("dtype", ["int64", "int32", "uint8", "uint16", "float16", "float64"])
-def test_A31_dtypes_of_x(counts, expected, dtype, sparsely):
+def test_A31_dtypes_of_x(counts, kind, expected, dtype, sparsely):
     assert counts.max() < 255
     values = counts.astype(dtype)
     if sparsely:
@@ -590,7 +596,7 @@ def test_A31_dtypes_of_x(counts, expected, dtype, sparsely):
         matrix = sparse.csr_matrix(counts)
         matrix.data = matrix.data.astype(dtype)
         values = matrix
-    compare(answers(values), expected)
+    compare(answers(values, kind), expected)
 
 
 def test_A31_truth_values(counts):
@@ -611,8 +617,8 @@ def test_A31_truth_values(counts):
 )
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.filterwarnings("ignore:X should not be a np.matrix")  # AnnData makes it an array
-def test_A32_forms_of_x(counts, expected, form):
-    compare(answers(form(counts)), expected)
+def test_A32_forms_of_x(counts, kind, expected, form):
+    compare(answers(form(counts), kind), expected)
 
 
 def test_A33_coo_is_refused_by_anndata(adata):
@@ -621,10 +627,10 @@ def test_A33_coo_is_refused_by_anndata(adata):
 
 
 @parametrize("chunk", [np.asarray, sparse.csr_matrix], ids=["dense", "csr"])
-def test_A34_dask(counts, expected, chunk):
+def test_A34_dask(counts, kind, expected, chunk):
     blocks = da.from_array(counts, chunks=(40, N_VARS)).map_blocks(chunk)
     adata = AnnData(blocks, obs=make_cells().obs)
-    model = fit(adata, categorical_condition_keys=["cell_type"])
+    model = fit(adata, model_class=kind, categorical_condition_keys=["cell_type"])
     np.testing.assert_array_equal(latent_of(model), expected[0])
     np.testing.assert_array_equal(model.log_likelihood(n_samples=2, seed=0), expected[1])
     assert isinstance(adata.X, da.Array)
@@ -633,10 +639,10 @@ def test_A34_dask(counts, expected, chunk):
 @parametrize(
     "form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix], ids=["dense", "csr", "csc"]
 )
-def test_A35_backed_h5ad(counts, expected, form, tmp_path):
+def test_A35_backed_h5ad(counts, kind, expected, form, tmp_path):
     AnnData(form(counts), obs=make_cells().obs).write_h5ad(tmp_path / "cells.h5ad")
     adata = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    model = fit(adata, categorical_condition_keys=["cell_type"])
+    model = fit(adata, model_class=kind, categorical_condition_keys=["cell_type"])
     np.testing.assert_array_equal(latent_of(model), expected[0])
     np.testing.assert_array_equal(model.log_likelihood(n_samples=2, seed=0), expected[1])
     assert adata.isbacked
@@ -644,11 +650,11 @@ def test_A35_backed_h5ad(counts, expected, form, tmp_path):
 
 
 @parametrize("form", [sparse.csr_matrix, sparse.csc_matrix], ids=["csr", "csc"])
-def test_A35_zarr_sparse_dataset(counts, expected, form, tmp_path):
+def test_A35_zarr_sparse_dataset(counts, kind, expected, form, tmp_path):
     write_zarr(AnnData(form(counts), obs=make_cells().obs), tmp_path / "cells.zarr")
     group = zarr.open_group(tmp_path / "cells.zarr", mode="r")
     adata = AnnData(sparse_dataset(group["X"]), obs=make_cells().obs)
-    model = fit(adata, categorical_condition_keys=["cell_type"])
+    model = fit(adata, model_class=kind, categorical_condition_keys=["cell_type"])
     np.testing.assert_array_equal(latent_of(model), expected[0])
 
 
