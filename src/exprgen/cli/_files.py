@@ -74,7 +74,7 @@ def read_model(folder: Path) -> GenerativeModel:
     if name not in MODELS.values():
         raise CheckpointError(f"{folder} holds a {name!r}, which is no model of this version.")
     model = getattr(models, name).load(folder, adata=False)
-    logger.info("%s: %r.", folder, model)
+    logger.info("%s: %s of %d genes.", folder, name, len(model.var_names))
     return model
 
 
@@ -94,8 +94,8 @@ def check_place(path: Path, option: str, *, overwrite: bool, is_folder: bool = F
 
     Raises
     ------
-    FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
-        Saying so.
+    OSError
+        Saying so: :class:`FileExistsError`, :class:`IsADirectoryError` ...
     """
     path = path.expanduser().absolute()
     if path.is_dir() and not is_folder:
@@ -109,8 +109,11 @@ def check_place(path: Path, option: str, *, overwrite: bool, is_folder: bool = F
     if taken and not overwrite:
         raise FileExistsError(f"{option} {path} exists. Give another place, or --overwrite.")
     above = path if path.is_dir() else next(p for p in path.parents if os.path.lexists(p))
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise PermissionError(f"{option} {path}: nothing can be written to {above}.")
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise type(error)(f"{option} {path}: nothing can be written to {above}.") from error
 
 
 @contextmanager

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["in_options", "report_to"]
 
 _ASKED = re.compile(r"\bconditions\[(['\"])(.+?)\1\]")
+_NONE = re.compile(r"(--[\w-]+) None\b")
+_VALUE = re.compile(r"(--[\w-]+ )\[('[^']*')\]")
 
 
 def in_options(message: object, options: Mapping[str, str]) -> str:
@@ -39,7 +41,7 @@ def in_options(message: object, options: Mapping[str, str]) -> str:
         text = re.sub(rf"(?<![\w-]){name}=", f"{option} ", text)
         if "_" in name:  # others are words of English
             text = re.sub(rf"(?<![\w-]){name}\b", option, text)
-    return text
+    return _VALUE.sub(r"\1\2", _NONE.sub(r"no \1", text))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from exprgen.cli._conditions import check_asked, read_conditions
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+logger = logging.getLogger("exprgen")
+
 _KEY = "exprgen"
 
 
@@ -26,7 +29,7 @@ def run(arguments: Namespace) -> str:
     check_asked(arguments)
     asked = bool(arguments.condition) or arguments.conditions is not None
     if asked == (arguments.cells is not None):
-        arguments.parser.error("give either CELLS, or conditions by --condition or --conditions")
+        arguments.parser.error("give either cells, or conditions by --condition or --conditions")
     out, overwrite = arguments.out, arguments.overwrite
     is_store, is_table = (out.suffix.lower() in kind for kind in ((".zarr",), TABLES))
     check_place(out, "--out", overwrite=overwrite, is_folder=is_store)
@@ -48,7 +51,9 @@ def run(arguments: Namespace) -> str:
     if is_table:
         table = _by_gene(predicted, model)
         write_table(table, out, overwrite=overwrite, index=False)
-    elif not is_store:
+    elif is_store:
+        logger.info("Wrote %s.", out)
+    else:
         write_cells(predicted, out, overwrite=overwrite)
     return ""
 

@@ -32,7 +32,9 @@ def run(arguments: Namespace) -> str:
         progress_bar=not arguments.quiet,
         seed=arguments.seed,
     )
-    if not is_store:
+    if is_store:
+        logger.info("Wrote %s.", out)
+    else:
         write_cells(drawn, out, overwrite=arguments.overwrite)
-    logger.info("%s: %d new cells.", out, drawn.n_obs)
+    logger.info("%d new cells.", drawn.n_obs)
     return ""

@@ -42,7 +42,7 @@ def run(arguments: Namespace) -> str:
     kind.setup_anndata(cells, **{role: getattr(arguments, role) for role in _ROLES})
     mean = {} if arguments.mean is None else {"mean": arguments.mean}
     model = kind(cells, seed=arguments.seed, **mean)
-    logger.info("Training %r.", model)
+    logger.info("Training %s with seed %d.", arguments.model, arguments.seed)
     epochs = arguments.density_epochs
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainingStoppedWarning)
