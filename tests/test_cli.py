@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -46,10 +47,8 @@ def home(tmp_path_factory) -> Path:
     del cells.uns
     cells[::2].copy().write_h5ad(home / "train.h5ad")
     cells[1::2].copy().write_h5ad(home / "test.h5ad")
-    done = main(
-        ["train", str(home / "train.h5ad"), *ROLES, "--max-epochs", "2", "--seed", "3"]
-        + ["--out", str(home / "model"), "--history", str(home / "history.csv"), "--quiet"]
-    )
+    line = f"train @train.h5ad {' '.join(ROLES)} --max-epochs 2 --seed 3 --quiet"
+    done = run(f"{line} --out @model --history @history.csv", home)
     assert done == 0
     return home
 
@@ -172,7 +171,7 @@ def test_hybrid_has_a_mean(home, tmp_path):
     line = "train @train.h5ad --model hybrid --mean group --condition cell_type --max-epochs 1"
     assert run(f"{line} --out OUT/hybrid", home, tmp_path) == 0
     hybrid = exprgen.HybridResidualModel.load(tmp_path / "hybrid", adata=False)
-    assert type(hybrid.mean).__name__ == "GroupMean"
+    assert type(hybrid.mean).__name__ == "GroupMeans"
     assert run("sample OUT/hybrid --n-obs 5 --out OUT/new.h5ad", home, tmp_path) == 0
 
 
@@ -180,7 +179,7 @@ def test_hybrid_has_a_mean(home, tmp_path):
     ("column", "text", "value"),
     [
         ([1, 2, 3], "2", 2),
-        ([1.5, 2.0, 3.0], "2", 2.0),
+        ([1.0, 2.0, 3.0], "2", 2.0),
         (["1", "2", "2"], "2", "2"),
         ([True, False, True], "true", True),
         (["NA", "B", "B"], "NA", "NA"),
@@ -189,7 +188,7 @@ def test_hybrid_has_a_mean(home, tmp_path):
     ],
 )
 def test_text_becomes_the_model_s_label(column, text, value):
-    schema = ConditionSchema.fit(pd.DataFrame({"a": column}), categorical=["a"])
+    schema = ConditionSchema.fit(pd.DataFrame({"a": column * 9}), categorical=["a"])
     (found,) = typed({"a": [text]}, schema)["a"]
     assert found == value
     assert isinstance(found, type(value))
@@ -222,12 +221,12 @@ def test_vectors_of_a_table(tmp_path):
         ("sample @damaged --out OUT/a.h5ad", r"model\.pt is corrupted"),
         ("sample @foreign --out OUT/a.h5ad", "manifest.json is corrupted"),
         ("sample @model --out @test.h5ad", r"--out .* exists"),
-        ("sample @model --condition cell_type=B --out OUT/a.h5ad",
+        ("sample @model --condition cell_type=B --condition dose=1 --out OUT/a.h5ad",
          "--condition cell_type: .* 'B' .* Known: 'type_0', 'type_1'"),
         ("sample @model --condition celltype=B --out OUT/a.h5ad", "'celltype'. Did you mean"),
         ("sample @model --condition dose=high --out OUT/a.h5ad", "--condition dose must be a num"),
         ("sample @model --condition dose=1 --out OUT/a.h5ad", "lack 'cell_type'"),
-        ("sample @model --marginalize dosis --out OUT/a.h5ad", "--?marginalize names 'dosis'"),
+        ("sample @model --marginalize dosis --out OUT/a.h5ad", "--marginalize names 'dosis'"),
         ("sample @model --conditions @none.csv --out OUT/a.h5ad", r"no file .*none\.csv"),
         ("sample @model --conditions @empty.csv --out OUT/a.h5ad", "cannot be read as a table"),
         ("sample @model --conditions @header.csv --out OUT/a.h5ad", "no row of conditions"),
@@ -301,17 +300,15 @@ def test_results_are_replaced_when_asked(home, tmp_path, capsys):
     assert ad.read_h5ad(tmp_path / "a.h5ad").n_obs == 1
 
 
-def test_warnings_and_tracebacks(home, tmp_path, capsys, recwarn):
+def test_warnings_and_tracebacks(home, tmp_path, capsys):
     line = "sample @model --condition cell_type=type_0 --condition dose=7 --quiet"
-    with pytest.warns(UserWarning):  # their filter, for it is ours that is tested
-        import warnings
-
-        warnings.warn("as users have it", UserWarning, stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as a user has it
         assert run(f"{line} --out OUT/a.h5ad", home, tmp_path) == 0
-        said = capsys.readouterr().err.splitlines()
-        assert said
-        assert all(text.startswith("warning: ") for text in said)
-        assert "trained on 0 to 2" in said[0]
+    said = capsys.readouterr().err.splitlines()
+    assert said
+    assert all(text.startswith("warning: ") for text in said)
+    assert "trained on 0 to 2" in said[0]
     assert run("sample @none --out OUT/b.h5ad --traceback", home, tmp_path) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said
@@ -319,8 +316,6 @@ def test_warnings_and_tracebacks(home, tmp_path, capsys, recwarn):
 
 
 def test_interrupted_training_is_saved_and_told(home, tmp_path, capsys, monkeypatch):
-    import warnings
-
     train = exprgen.NBVAE.train
 
     def stopped(self, *args, **kwargs):
@@ -347,6 +342,7 @@ def test_options_stand_for_arguments():
         ("of='mean' of\n two", "--of 'mean' of two"),
         ("or layer=None for .X", "or no --layer for .X"),
         ("my_batch_key and conditions['a b']", "my_batch_key and --condition a b"),
+        ("layer must be 'a'; a layer must", "--layer must be 'a'; a layer must"),
         (MemoryError(), "MemoryError"),
     ):
         assert in_options(message, options) == expected
@@ -416,7 +412,7 @@ sys.stderr.write(f"{time.perf_counter() - start} {[n for n in heavy if n in sys.
 
 @pytest.mark.slow
 def test_a_pipeline_needs_no_python(pbmc, tmp_path):
-    """Four processes, from blood cells to a report."""
+    """Three processes, from blood cells to a report."""
     cells = pbmc[:, pbmc.X.sum(0).A1 > 50]
     cells[::2].copy().write_h5ad(tmp_path / "train.h5ad")
     cells[1::2].copy().write_h5ad(tmp_path / "test.h5ad")
@@ -431,12 +427,10 @@ def test_a_pipeline_needs_no_python(pbmc, tmp_path):
     assert trained.stdout == ""
     assert "Epoch 2/2" in trained.stderr
     exprgen("sample model --conditions test.h5ad --n-obs 2 --out synthetic.h5ad")
-    exprgen("predict model --condition 'cell_type=CD19+ B' --genes CD79A --out genes.csv")
     report = exprgen(
         "evaluate train.h5ad test.h5ad synthetic.h5ad --groupby cell_type --metrics distance"
         " --no-baselines --n-repeats 2 --out report.csv"
     )
     assert "energy distance" in report.stdout
     assert ad.read_h5ad(tmp_path / "synthetic.h5ad").n_obs == cells[1::2].n_obs * 2
-    assert pd.read_csv(tmp_path / "genes.csv")["mean"].item() > 1
     assert len(pd.read_csv(tmp_path / "report.csv")) == 5

@@ -39,6 +39,7 @@ def in_options(message: object, options: Mapping[str, str]) -> str:
     for name, option in options.items():
         text = re.sub(rf"(?<![\w-]){name}=(True|False)\b", option, text)
         text = re.sub(rf"(?<![\w-]){name}=", f"{option} ", text)
+        text = re.sub(rf"^{name}(?= (must|has|names)\b)", option, text)
         if "_" in name:  # others are words of English
             text = re.sub(rf"(?<![\w-]){name}\b", option, text)
     return _VALUE.sub(r"\1\2", _NONE.sub(r"no \1", text))
