@@ -19,6 +19,9 @@ __all__ = ["in_options", "report_to"]
 
 _ASKED = re.compile(r"\bconditions\[(['\"])(.+?)\1\]")
 _NONE = re.compile(r"(--[\w-]+) None\b")
+# Forests that grow on several threads empty each other's list of warning filters for a moment, and
+# scikit-learn then takes them for somebody's own threads.
+_OF_THREADS = "`sklearn.utils.parallel.delayed` should be used with"
 _VALUE = re.compile(r"(--[\w-]+ )\[('[^']*')\]")
 
 
@@ -47,14 +50,19 @@ def in_options(message: object, options: Mapping[str, str]) -> str:
 
 @contextmanager
 def report_to(stream: TextIO, options: Mapping[str, str], *, quiet: bool) -> Iterator[None]:
-    """Inside, what exprgen logs and all warnings are lines of ``stream``; ``quiet`` warns only."""
+    """Inside, what exprgen logs and all warnings are lines of ``stream``, each once."""
     logger = logging.getLogger("exprgen")
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
+    said: set[str] = set()
+
     def show(message: Warning | str, *where: Any, **others: Any) -> None:
-        stream.write(f"warning: {in_options(message, options)}\n")
+        text = in_options(message, options)
+        if text not in said and not text.startswith(_OF_THREADS):
+            said.add(text)
+            stream.write(f"warning: {text}\n")
 
     try:
         with warnings.catch_warnings():
