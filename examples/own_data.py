@@ -1,7 +1,7 @@
 """A model of your own cells: ``python examples/own_data.py cells.h5ad --condition cell_type``.
 
-Holds out a tenth of the cells (or a tenth of the donors), trains on the others, draws as many new
-cells, and says how far they are from the held-out ones. The command line does the same without
+Holds out a fifth of the cells (or a fifth of the donors), trains on the others, draws new cells
+for these, and says how far they are from the held-out ones. The command line does the same without
 Python, see ``examples/pipeline.sh``; change here what it has no option for.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     adata = ad.read_h5ad(said.cells)
     # Whole donors, for what a model says of new donors is only seen on new donors.
     groups = adata.obs_names if said.donor is None else adata.obs[said.donor]
-    split = GroupShuffleSplit(n_splits=1, test_size=0.1, random_state=said.seed)
+    split = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=said.seed)
     rows = next(split.split(adata.obs_names, groups=groups))
     train, test = (adata[part].copy() for part in rows)
 

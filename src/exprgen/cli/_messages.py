@@ -19,10 +19,11 @@ __all__ = ["in_options", "report_to"]
 
 _ASKED = re.compile(r"\bconditions\[(['\"])(.+?)\1\]")
 _NONE = re.compile(r"(--[\w-]+) None\b")
+_VALUE = re.compile(r"(--[\w-]+ )\[('[^']*')\]")
+
 # Forests that grow on several threads empty each other's list of warning filters for a moment, and
 # scikit-learn then takes them for somebody's own threads.
 _OF_THREADS = "`sklearn.utils.parallel.delayed` should be used with"
-_VALUE = re.compile(r"(--[\w-]+ )\[('[^']*')\]")
 
 
 def in_options(message: object, options: Mapping[str, str]) -> str:
@@ -50,12 +51,11 @@ def in_options(message: object, options: Mapping[str, str]) -> str:
 
 @contextmanager
 def report_to(stream: TextIO, options: Mapping[str, str], *, quiet: bool) -> Iterator[None]:
-    """Inside, what exprgen logs and all warnings are lines of ``stream``, each once."""
+    """Inside, logs of exprgen are lines of ``stream``, unless ``quiet``; warnings are, each once."""
     logger = logging.getLogger("exprgen")
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-
     said: set[str] = set()
 
     def show(message: Warning | str, *where: Any, **others: Any) -> None:
