@@ -51,7 +51,7 @@ def in_options(message: object, options: Mapping[str, str]) -> str:
 
 @contextmanager
 def report_to(stream: TextIO, options: Mapping[str, str], *, quiet: bool) -> Iterator[None]:
-    """Inside, logs of exprgen are lines of ``stream``, unless ``quiet``; warnings are, each once."""
+    """Inside, logs and warnings (each once) are lines of ``stream``; ``quiet`` leaves out logs."""
     logger = logging.getLogger("exprgen")
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
