@@ -29,7 +29,7 @@ LAYERS = (
     ("train",),
     ("models",),
     ("tl", "pl", "pp", "datasets"),
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "cli"),
 )
 HELPERS, PARTS, TRAIN, MODELS, TOOLS, _ = range(len(LAYERS))
 
