@@ -69,9 +69,7 @@ class Shuffle:
 
     def windows(self) -> list[np.ndarray]:
         """Row numbers of this epoch in their order, cut into windows."""
-        rng = np.random.default_rng(
-            np.random.SeedSequence(self.seed, spawn_key=(_ORDER, self.epoch))
-        )
+        rng = _rng(self.seed, _ORDER, self.epoch)
         blocks = np.split(self.rows, np.flatnonzero(np.diff(self.rows // BLOCK)) + 1)
         order = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
         start = self.rank * self.n_rows
