@@ -761,7 +761,7 @@ def test_A43_only_setup_adds_keys(adata, model_class):
     assert {k: v for k, v in after_setup.items() if k != "uns"} == {
         k: v for k, v in before.items() if k != "uns"
     }
-    model = model_class(adata, **TINY)
+    model = model_class(adata, seed=0, **TINY)
     model.train(1, progress_bar=False)
     assert digest(adata) == after_setup
 
@@ -834,7 +834,7 @@ def test_A45_setup_again_under_a_live_model(adata, model_class):
 )
 def test_A46_conditions_edited_after_setup(adata, model_class, edit):
     set_up(adata, model_class, **ROLES)
-    model = model_class(adata, **TINY)
+    model = model_class(adata, seed=0, **TINY)
     before = adata.obs
     adata.obs = edit(before)
     (changed,) = [k for k in before if k not in adata.obs or not before[k].equals(adata.obs[k])]

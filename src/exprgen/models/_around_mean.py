@@ -107,7 +107,13 @@ class AroundMean(GenerativeModel):
                 n_folds=self._n_folds,
                 seed=self.seed_,
             )
-        check_residuals(y[fitted], left_out[fitted], mean.name, of_counts=self.needs_counts)
+        check_residuals(
+            y[fitted],
+            left_out[fitted],
+            mean.name,
+            of_counts=self.needs_counts,
+            came_fitted=mean.came_fitted,
+        )
         self.mean = mean
         self.mean_state_ = state_of(mean, inputs.iloc[fitted])
         self._known_mean.fit(means[fitted])

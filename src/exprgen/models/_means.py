@@ -97,7 +97,9 @@ def distinct_rows(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return first, row.ravel()
 
 
-def check_residuals(y: np.ndarray, predicted: np.ndarray, name: str, *, of_counts: bool) -> None:
+def check_residuals(
+    y: np.ndarray, predicted: np.ndarray, name: str, *, of_counts: bool, came_fitted: bool
+) -> None:
     """Refuse or doubt out-of-sample predictions that cannot be what they are said to be.
 
     Parameters
@@ -108,6 +110,8 @@ def check_residuals(y: np.ndarray, predicted: np.ndarray, name: str, *, of_count
         Of the predictor.
     of_counts
         Whether both are logarithms of counts, which are mostly 0.
+    came_fitted
+        Whether the predictor was fitted elsewhere, on whatever scale.
 
     Raises
     ------
@@ -119,7 +123,7 @@ def check_residuals(y: np.ndarray, predicted: np.ndarray, name: str, *, of_count
     DataQualityWarning
         If they are further off than the mean of the data is, or off on average.
     """
-    if of_counts and predicted.max() > y.max() + _BEYOND:
+    if of_counts and came_fitted and predicted.max() > y.max() + _BEYOND:
         raise ValueError(
             f"mean={name!r} predicts values up to {predicted.max():.3g}, where the data reach "
             f"{y.max():.3g}. Of counts it must be log(1 + counts per ten thousand), as scanpy's "
